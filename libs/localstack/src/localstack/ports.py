@@ -1,0 +1,67 @@
+"""Which port each server listens on: the wanted one, else a free one, remembered so that addresses survive a restart."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from localstack.errors import StackError
+
+LOOPBACK = "127.0.0.1"
+# Below the range from which the kernel takes ports for outgoing connections (32768 up), and low enough that SeaweedFS can add 10,000.
+_LOWEST, _HIGHEST = 10_240, 22_700
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port of the loopback interface now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+        return True
+
+
+class Ports:
+    """The ports of one stack, kept in a file. Not safe for two processes at once: its owner holds the stack's lock."""
+
+    def __init__(self, file: Path, *, random_only: bool = False) -> None:
+        """`random_only`: ignore the wanted ports, as tests do that must not meet each other."""
+        self._file = file
+        self._random_only = random_only
+        self._taken: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+
+    def claim(self, name: str, wanted: int, width: int = 1, usable: Callable[[int], bool] = is_free) -> int:
+        """The first of `width` consecutive ports for the server `name`: the remembered, the wanted, or another; the choice is remembered.
+
+        Raises StackError when no port is free.
+        """
+        candidates = [port for port in (self._taken.get(name), None if self._random_only else wanted) if port]
+        candidates += [random.randrange(_LOWEST, _HIGHEST - width) for _ in range(400)]  # noqa: S311 - no secret
+        for port in candidates:
+            span = range(port, port + width)
+            others = {taken for other, taken in self._taken.items() if other != name}
+            if not others.intersection(span) and all(usable(each) for each in span):
+                self._taken[name] = port
+                self._save()
+                return port
+        raise StackError(f"no free port between {_LOWEST} and {_HIGHEST} for {name}: stop what listens there")
+
+    def get(self, name: str) -> int | None:
+        """The port remembered for `name`, taken or not."""
+        return self._taken.get(name)
+
+    def forget(self, name: str) -> None:
+        """The next claim chooses anew."""
+        if self._taken.pop(name, None) is not None:
+            self._save()
+
+    def _save(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._file.with_suffix(".new")
+        draft.write_text(json.dumps(self._taken, indent=1, sort_keys=True) + "\n")
+        draft.replace(self._file)

@@ -1,0 +1,143 @@
+"""Real servers for one test run: each started on first use, on ports of its own, in a folder that is removed at the end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from localstack import process, server
+from localstack.cache import Progress, Silent
+from localstack.errors import NotReady
+from localstack.kafka import Kafka
+from localstack.ports import Ports
+from localstack.postgres import Postgres
+from localstack.s3_probe import S3Access
+from localstack.seaweed import PORTS as SEAWEED_PORTS
+from localstack.seaweed import Seaweed, usable
+from localstack.server import Server
+
+_ATTEMPTS = 4
+S = TypeVar("S", bound=Server)
+
+
+class ThrowawayServers:
+    """The servers of one test run under `parent/run-<pid>-<start time>/`. Properties block while they start a server. Not thread-safe."""
+
+    def __init__(self, parent: Path, progress: Progress | None = None) -> None:
+        self.progress: Progress = progress or Silent()
+        me = process.identify(os.getpid())
+        if me is None:
+            raise RuntimeError("no /proc: the local stack runs on Linux")
+        self.directory = parent / f"run-{me.pid}-{me.started}"
+        self.mark = secrets.token_hex(8)
+        _remove_abandoned(parent)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._servers: list[Server] = []
+        self._postgres: Postgres | None = None
+        self._kafka: Kafka | None = None
+        self._seaweed: Seaweed | None = None
+
+    @property
+    def postgres(self) -> Postgres:
+        """The shared PostgreSQL."""
+        if self._postgres is None:
+            self._postgres = self.new_postgres("postgres")
+        return self._postgres
+
+    @property
+    def kafka(self) -> Kafka:
+        """The shared broker."""
+        if self._kafka is None:
+            self._kafka = self.new_kafka("kafka")
+        return self._kafka
+
+    @property
+    def kafka_in_use(self) -> bool:
+        """Whether the shared broker was started, without starting it."""
+        return self._kafka is not None
+
+    @property
+    def seaweed(self) -> Seaweed:
+        """The shared S3 server."""
+        if self._seaweed is None:
+            self._seaweed = self.new_seaweed("s3")
+        return self._seaweed
+
+    @property
+    def s3(self) -> S3Access:
+        """Where the shared S3 server is, with its keys."""
+        return self.seaweed.access
+
+    def new_postgres(self, name: str) -> Postgres:
+        """Another PostgreSQL, started, for a test that breaks it."""
+        password = secrets.token_urlsafe(12)
+
+        def make(ports: Ports, folder: Path) -> Postgres:
+            return Postgres(folder, port=ports.claim(name, 0), password=password, mark=self.mark, log=folder.with_suffix(".log"))
+
+        return self._start(name, make)
+
+    def new_kafka(self, name: str) -> Kafka:
+        """Another broker, started, for a test that breaks it."""
+
+        def make(ports: Ports, folder: Path) -> Kafka:
+            return Kafka(folder, port=ports.claim(name, 0), controller_port=ports.claim(f"{name}-controller", 0), mark=self.mark, log=folder.with_suffix(".log"))
+
+        return self._start(name, make)
+
+    def new_seaweed(self, name: str) -> Seaweed:
+        """Another S3 server, started."""
+        access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
+
+        def make(ports: Ports, folder: Path) -> Seaweed:
+            port = ports.claim(name, 0, SEAWEED_PORTS, usable)
+            return Seaweed(folder, port=port, access_key=access_key, secret_key=secret_key, bucket="headrace", mark=self.mark, log=folder.with_suffix(".log"))
+
+        return self._start(name, make)
+
+    def release(self, one: Server) -> None:
+        """Stops a server and forgets it."""
+        one.stop()
+        self._servers.remove(one)
+
+    def close(self) -> None:
+        """Stops everything at once and removes the folder. May be repeated."""
+        for one in self._servers:
+            if one.child is not None:
+                one.child.kill()  # nobody needs the data: no shutdown in good order
+        for one in self._servers:
+            one.stop()
+        self._servers.clear()
+        process.sweep(self.mark)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _start(self, name: str, make: Callable[[Ports, Path], S]) -> S:
+        folder = self.directory / name
+        for attempt in range(1, _ATTEMPTS + 1):
+            ports = Ports(self.directory / "ports.json", random_only=True)
+            one = make(ports, folder)
+            self._servers.append(one)
+            try:
+                server.run(one, self.progress)
+            except NotReady:
+                self.release(one)
+                if attempt == _ATTEMPTS:
+                    raise
+                # Another test run may have taken the port between our look and the server's bind.
+                (self.directory / "ports.json").unlink()
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                return one
+        raise AssertionError("unreachable")
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Folders of test runs that were killed: their servers died with them."""
+    for folder in parent.glob("run-*-*"):
+        _, pid, started = folder.name.split("-")
+        if not process.ProcessId(int(pid), int(started)).alive():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""Fixtures for every test: real servers, each started on first use and shared by the whole run. Isolation is by database, topic prefix and key prefix.
+
+`--servers=join:STATE_DIR` (or HEADRACE_TEST_SERVERS) uses the servers of a running `headrace up` instead of starting any.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from artifacts import S3Location
+
+    from localstack.kafka import Kafka
+    from localstack.postgres import Postgres
+    from localstack.throwaway import ThrowawayServers
+
+TESTS = Path(__file__).parent
+FOLDERS = ("unit", "contract", "integration", "e2e", "chaos", "bench")
+SERVER_FIXTURES = frozenset({"stack_servers", "database", "new_database", "triton", "minio_server", "own_postgres", "own_kafka"})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--servers",
+        default=os.environ.get("HEADRACE_TEST_SERVERS", "start"),
+        help="start: servers of this run's own (the default); join:STATE_DIR: those of a running `headrace up`",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in FOLDERS:
+            item.add_marker(folder)
+        wanted = SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if folder == "unit" and wanted:
+            raise pytest.UsageError(f"{item.nodeid}: a unit test starts no server, but this one asks for {', '.join(sorted(wanted))}")
+
+
+class Database(str):
+    """A connection string of a database of one test's own, as PostgreSQL's tools and asyncpg take it."""
+
+    __slots__ = ()
+
+    @property
+    def sqlalchemy(self) -> str:
+        """The same for SQLAlchemy's asyncio engine."""
+        return self.replace("postgresql://", "postgresql+asyncpg://", 1)
+
+
+class StackServers:
+    """Where the servers of this run are. Reading a property starts the server it belongs to, which blocks for a moment the first time."""
+
+    def __init__(self, servers: ThrowawayServers) -> None:
+        self.servers = servers
+
+    @property
+    def postgres_dsn(self) -> str:
+        """The superuser's connection string."""
+        return self.servers.postgres.dsn
+
+    @property
+    def kafka(self) -> str:
+        """The broker, "host:port"."""
+        return self.servers.kafka.bootstrap
+
+    @property
+    def s3(self) -> S3Location:
+        """The S3 server with its keys and bucket."""
+        from artifacts import S3Location
+
+        access = self.servers.s3
+        return S3Location(endpoint=access.endpoint, access_key=access.access_key, secret_key=access.secret_key, bucket=access.bucket)
+
+
+@pytest.fixture(scope="session")
+def stack_servers(pytestconfig: pytest.Config) -> Iterator[StackServers]:
+    """The real servers of this run, each started on first use."""
+    from localstack.cache import cache_dir
+    from localstack.throwaway import ThrowawayServers
+
+    servers = ThrowawayServers(cache_dir() / "test-servers")
+    try:
+        yield StackServers(servers)
+    finally:
+        servers.close()
+
+
+@pytest.fixture
+def new_database(stack_servers: StackServers, request: pytest.FixtureRequest) -> Iterator[Callable[[], Database]]:
+    """Makes as many empty databases as the test wants; they are dropped after it, connections or not."""
+    server = stack_servers.servers.postgres
+    made: list[str] = []
+
+    def make() -> Database:
+        word = re.sub(r"[^a-z0-9]+", "_", request.node.name.lower())[:40].strip("_")
+        name = f"{word}_{secrets.token_hex(4)}"
+        server.sql('CREATE DATABASE :"name"', variables={"name": name})
+        made.append(name)
+        return Database(f"{server.dsn.rsplit('/', 1)[0]}/{name}")
+
+    yield make
+    for name in made:
+        server.sql('DROP DATABASE :"name" WITH (FORCE)', variables={"name": name})
+
+
+@pytest.fixture
+def database(new_database: Callable[[], Database]) -> Database:
+    """An empty database of this test's own (`postgresql://...`; `.sqlalchemy` for SQLAlchemy)."""
+    return new_database()
+
+
+@pytest.fixture
+def topic_prefix(stack_servers: StackServers) -> Iterator[str]:
+    """A prefix that no other test uses. Its topics are deleted after the test."""
+    prefix = f"t{secrets.token_hex(5)}."
+    yield prefix
+    if stack_servers.servers.kafka_in_use:
+        from localstack import kafka_wire
+        from localstack.ports import LOOPBACK
+
+        address = (LOOPBACK, stack_servers.servers.kafka.port)
+        kafka_wire.delete_topics(address, [topic for topic in kafka_wire.describe(address).topics if topic.startswith(prefix)])
+
+
+@pytest.fixture
+def own_postgres(stack_servers: StackServers) -> Iterator[Callable[[], Postgres]]:
+    """Starts PostgreSQL servers that the test may kill and restart: `server.crash(it)`, `server.restart(it)` (of localstack), `.dsn`."""
+    started: list[Postgres] = []
+
+    def make() -> Postgres:
+        started.append(stack_servers.servers.new_postgres(f"own-postgres-{secrets.token_hex(3)}"))
+        return started[-1]
+
+    yield make
+    for one in started:
+        stack_servers.servers.release(one)
+
+
+@pytest.fixture
+def own_kafka(stack_servers: StackServers) -> Iterator[Callable[[], Kafka]]:
+    """Starts Kafka brokers that the test may kill and restart: `server.crash(it)`, `server.restart(it)` (of localstack), `.bootstrap`."""
+    started: list[Kafka] = []
+
+    def make() -> Kafka:
+        started.append(stack_servers.servers.new_kafka(f"own-kafka-{secrets.token_hex(3)}"))
+        return started[-1]
+
+    yield make
+    for one in started:
+        stack_servers.servers.release(one)

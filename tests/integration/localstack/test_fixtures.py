@@ -1,0 +1,57 @@
+"""The fixtures that all other tests lean on: their servers are real, isolated, and survive being killed."""
+
+from __future__ import annotations
+
+import asyncpg
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from localstack import kafka_wire, s3_probe, server
+
+
+async def test_each_database_is_empty_and_of_its_own(new_database) -> None:
+    first, second = new_database(), new_database()
+    connection = await asyncpg.connect(first)
+    await connection.execute("CREATE TABLE seen (id int)")
+    await connection.close()
+    connection = await asyncpg.connect(second)
+    assert await connection.fetchval("SELECT count(*) FROM pg_tables WHERE tablename = 'seen'") == 0
+    await connection.close()
+
+
+async def test_a_record_goes_through_the_broker(stack_servers, topic_prefix) -> None:
+    topic = f"{topic_prefix}notes"
+    admin = AIOKafkaAdminClient(bootstrap_servers=stack_servers.kafka)
+    await admin.start()
+    await admin.create_topics([NewTopic(topic, 1, 1)])
+    await admin.close()
+    producer = AIOKafkaProducer(bootstrap_servers=stack_servers.kafka, acks="all")
+    await producer.start()
+    await producer.send_and_wait(topic, b"hello")
+    await producer.stop()
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=stack_servers.kafka, auto_offset_reset="earliest")
+    await consumer.start()
+    record = await consumer.getone()
+    await consumer.stop()
+    assert record.value == b"hello"
+
+
+def test_the_object_store_keeps_what_it_is_given(stack_servers) -> None:
+    access = stack_servers.servers.s3
+    assert s3_probe.request(access, "PUT", f"/{access.bucket}/fixtures/a", b"bytes")[0] == 200
+    assert s3_probe.request(access, "GET", f"/{access.bucket}/fixtures/a") == (200, b"bytes")
+
+
+def test_a_killed_postgres_comes_back_with_its_rows(own_postgres) -> None:
+    postgres = own_postgres()
+    postgres.sql("CREATE TABLE kept (id int); INSERT INTO kept VALUES (7)")
+    server.crash(postgres)
+    server.restart(postgres)
+    assert postgres.sql("SELECT id FROM kept") == "7"
+
+
+def test_a_killed_kafka_comes_back_as_the_same_cluster(own_kafka) -> None:
+    kafka = own_kafka()
+    server.crash(kafka)
+    server.restart(kafka)
+    assert kafka_wire.describe(("127.0.0.1", kafka.port)).cluster_id == kafka.cluster_id
