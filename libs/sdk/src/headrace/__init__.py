@@ -1,0 +1,17 @@
+"""The Headrace Python client: runs, models and data sets, through the gateway's one URL.
+
+import headrace
+
+with headrace.start_run(experiment="flight-delays") as run:
+    run.log_params({"lr": 0.01})
+    run.log_metric("loss", 0.31, step=1)
+    run.log_model("model.onnx", signature=..., samples=...)
+"""
+
+from __future__ import annotations
+
+from headrace.datasets import DatasetVersion, push_dataset
+from headrace.http import Client, Denied, HeadraceError, InvalidInput, Unreachable
+from headrace.runs import Run, start_run
+
+__all__ = ["Client", "DatasetVersion", "Denied", "HeadraceError", "InvalidInput", "Run", "Unreachable", "push_dataset", "start_run"]

@@ -1,0 +1,50 @@
+"""headrace data push|list: versioned data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.cli.output import JsonFlag, console, print_json, table
+from headrace.datasets import push_dataset
+from headrace.http import Client
+
+data = typer.Typer(help="Data sets: immutable versions of files.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(data, name="data")
+
+
+@data.command()
+def push(
+    name: Annotated[str, typer.Argument(help="The data set.")],
+    path: Annotated[Path, typer.Argument(help="The file.")],
+    json: JsonFlag = False,
+) -> None:
+    """Upload a file as the next version. The same content answers the version that it has."""
+    with Client() as client:
+        version = push_dataset(name, path, client=client)
+    if json:
+        print_json({"name": version.name, "version": version.version, "sha256": version.sha256})
+    else:
+        console.print(f"{version.name} version {version.version} (sha256 {version.sha256[:12]})")
+
+
+@data.command("list")
+def list_datasets(json: JsonFlag = False) -> None:
+    """Every data set's newest version."""
+    with Client() as client:
+        answer = client.get("/api/v1/datasets")
+    if json:
+        print_json(answer)
+        return
+    table(
+        ["name", "version", "size MB", "sha256"],
+        (
+            [d["ref"]["name"], d["ref"]["version"], f"{d['blob']['size_bytes'] / 1e6:.1f}", d["ref"]["sha256"][:12]]
+            for d in answer["datasets"]
+        ),
+    )

@@ -1,0 +1,77 @@
+"""headrace up, down, status, logs: the local stack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headrace.cli.output import JsonFlag, console, print_json, table
+from headrace.config import state_dir
+from headrace.http import InvalidInput
+
+StateDir = Annotated[
+    Path | None, typer.Option("--state-dir", help="Where the local stack keeps everything. Default: .headrace here or above.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+    app.command()(logs)
+
+
+def _api() -> Any:
+    try:
+        from localstack import api
+    except ImportError:
+        raise InvalidInput(
+            "the local stack is not installed here: install headrace-localstack, or set HEADRACE_URL to a running gateway"
+        ) from None
+    return api
+
+
+def up(state: StateDir = None, json: JsonFlag = False) -> None:
+    """Start PostgreSQL, Kafka, S3, Triton and the six services on this machine. Starting again changes nothing."""
+    api = _api()
+    info = api.up(state or state_dir(), progress=not json)
+    if json:
+        print_json(info.as_dict())
+    else:
+        console.print(f"ready: {info.gateway_url}   (state in {info.state_dir}; `headrace status`, `headrace logs`, `headrace down`)")
+
+
+def down(state: StateDir = None, json: JsonFlag = False) -> None:
+    """Stop everything that `up` started. What is stored stays."""
+    stopped = _api().down(state or state_dir())
+    if json:
+        print_json({"stopped": stopped})
+    else:
+        console.print(f"stopped {len(stopped)} processes" if stopped else "nothing was running")
+
+
+def status(state: StateDir = None, json: JsonFlag = False) -> None:
+    """What runs: process, port, readiness, restarts, memory."""
+    rows = _api().status(state or state_dir())
+    if json:
+        print_json([row.as_dict() for row in rows])
+    else:
+        table(
+            ["name", "state", "pid", "port", "restarts", "memory MB", "detail"],
+            ([r.name, r.state, r.pid, r.port, r.restarts, f"{r.rss_bytes / 1e6:.0f}" if r.rss_bytes else "", r.detail] for r in rows),
+        )
+    if not rows or any(row.state != "ready" for row in rows):
+        raise typer.Exit(1)
+
+
+def logs(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out.")] = None,
+    state: StateDir = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines of each.")] = 50,
+) -> None:
+    """The logs of servers and services."""
+    for line in _api().logs(state or state_dir(), names or [], follow=follow, lines=lines):
+        print(line, flush=True)

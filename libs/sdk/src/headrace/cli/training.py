@@ -1,0 +1,167 @@
+"""headrace run, trainings, cancel: submit training and follow it."""
+
+from __future__ import annotations
+
+import io
+import json as jsonlib
+import subprocess
+import tarfile
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+import yaml
+
+from headrace.cli.deliveries import GOOD_ENDS, follow
+from headrace.cli.output import JsonFlag, console, print_json, say, table
+from headrace.http import Client, InvalidInput, Json
+from headrace.uploads import put_part, sha256_of
+
+_SKIPPED = frozenset({".git", ".venv", "__pycache__", ".headrace", ".cache", "node_modules"})
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(run)
+    app.command()(trainings)
+    app.command()(cancel)
+
+
+def run(
+    file: Annotated[Path, typer.Option("--file", "-f", help="The delivery file whose train section to use.")] = Path("delivery.yaml"),
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The folder with the code. Default: the delivery's, next to the file.")
+    ] = None,
+    command: Annotated[str | None, typer.Option("--command", help="A JSON list; default: the delivery's.")] = None,
+    extra: Annotated[list[str] | None, typer.Argument(help="Arguments added to the command, behind --.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random generators.")] = 0,
+    name: Annotated[str, typer.Option("--name", help="Name of the run.")] = "",
+    follow_delivery: Annotated[bool, typer.Option("--watch/--no-watch", help="Afterwards follow the run to production.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit, and do not follow.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Train where the trainer is: packs the source folder, submits it, and follows the log."""
+    delivery = _delivery(file)
+    train: Json = delivery.get("train") or {}
+    path = train.get("source", {}).get("path")
+    folder = source or (_find_source(file, path) if path else None)
+    body: Json = {"delivery": delivery["metadata"]["name"], "seed": seed, "run_name": name, "request_id": str(uuid.uuid4())}
+    words = jsonlib.loads(command) if command else list(train.get("command") or [])
+    body["command"] = [*words, *(extra or [])]
+    with Client() as client:
+        if folder is not None:
+            body["source"] = _upload_source(client, folder)
+        training = client.post("/api/v1/trainings", body)["training"]
+        training_id = training["training_id"]
+        if detach:
+            print_json(training) if json else console.print(
+                f"training {training_id}; `headrace trainings`, `headrace cancel {training_id}`"
+            )
+            return
+        if not json:
+            say(f"training {training_id} submitted")
+        _follow_log(client, training_id, quiet=json)
+        training = client.get(f"/api/v1/trainings/{training_id}")["training"]
+        ok = training["status"] == "succeeded"
+        if not json:
+            say(f"training {training['status']}{': ' + training['reason'] if training.get('reason') else ''}  (run {training['run_id']})")
+        journey = None
+        if ok and follow_delivery:
+            journey = follow(client, delivery["metadata"]["name"], training["run_id"], timeout_s=3600.0, quiet=json)
+            ok = journey["state"] in GOOD_ENDS
+    if json:
+        print_json({"training": training, "journey": journey})
+    if not ok:
+        raise typer.Exit(1)
+
+
+def trainings(
+    delivery: Annotated[str | None, typer.Option("--delivery", help="Only of this delivery.")] = None, json: JsonFlag = False
+) -> None:
+    """The trainings, newest first."""
+    with Client() as client:
+        answer = client.get("/api/v1/trainings", delivery=delivery)
+    if json:
+        print_json(answer)
+        return
+    table(
+        ["training", "delivery", "status", "attempt", "run", "created", "reason"],
+        (
+            [t["training_id"], t["delivery"], t["status"], t["attempt"], t["run_id"][:8], t["created_at"], t["reason"]]
+            for t in answer["trainings"]
+        ),
+    )
+
+
+def cancel(training_id: Annotated[str, typer.Argument(help="The training.")], json: JsonFlag = False) -> None:
+    """Stop a training, at any time."""
+    with Client() as client:
+        training = client.post(f"/api/v1/trainings/{training_id}/cancel", repeatable=True)["training"]
+    print_json(training) if json else console.print(f"training {training_id}: {training['status']}")
+
+
+def _delivery(file: Path) -> Json:
+    try:
+        loaded: Any = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise InvalidInput(f"cannot read {file}: {error.strerror}; name the delivery file with --file") from None
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"{file} is not YAML: {error}") from None
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("metadata"), dict) or not loaded["metadata"].get("name"):
+        raise InvalidInput(f"{file} is not a delivery file: metadata.name is missing")
+    return loaded
+
+
+def _find_source(file: Path, path: str) -> Path:
+    """The path in a delivery is relative to the repository: tried from here and from the file's own parents."""
+    for base in (Path.cwd(), *file.resolve().parents):
+        if (base / path).is_dir():
+            return base / path
+    raise InvalidInput(f"train.source.path {path} is not a folder here; name it with --source")
+
+
+def _upload_source(client: Client, folder: Path) -> Json:
+    with tempfile.TemporaryDirectory(prefix="headrace-source-") as scratch:
+        archive = Path(scratch) / "source.tar.gz"
+        _pack(folder, archive)
+        digest, size = sha256_of(archive)
+        ticket = client.post("/api/v1/trainings/source-uploads", {"sha256": digest, "size_bytes": size}, repeatable=True)
+        if ticket.get("url"):
+            with httpx.Client(timeout=120.0, trust_env=False) as store:
+                put_part(store, ticket["url"], archive.read_bytes())
+    return {"upload_id": ticket["upload_id"], **_git(folder)}
+
+
+def _pack(folder: Path, archive: Path) -> None:
+    """The same files give the same bytes, so that what is stored already is not sent again."""
+    with archive.open("wb") as raw:
+        import gzip
+
+        with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+            for path in sorted(folder.rglob("*")):
+                relative = path.relative_to(folder)
+                if any(part in _SKIPPED for part in relative.parts) or path.is_symlink() or not path.is_file():
+                    continue
+                info = tarfile.TarInfo(str(relative))
+                info.size, info.mode = path.stat().st_size, 0o755 if path.stat().st_mode & 0o100 else 0o644
+                tar.addfile(info, io.BytesIO(path.read_bytes()))
+
+
+def _git(folder: Path) -> Json:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=30).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        dirty = bool(git("status", "--porcelain", "--", ".").strip())
+        return {"commit": commit, "dirty": dirty, "diff": git("diff", "HEAD", "--", ".")[:500_000] if dirty else ""}
+    except (OSError, subprocess.SubprocessError):  # not a git checkout: nothing to record
+        return {}
+
+
+def _follow_log(client: Client, training_id: str, *, quiet: bool) -> None:
+    for line in client.lines(f"/api/v1/trainings/{training_id}/log", follow="true"):
+        if not quiet:
+            print(line, flush=True)

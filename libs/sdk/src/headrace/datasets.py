@@ -1,0 +1,55 @@
+"""Data sets: immutable, versioned files that evaluations and runs refer to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.http import Client, InvalidInput
+from headrace.uploads import upload
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """A version of a data set; `sha256` is of the stored file."""
+
+    name: str
+    version: int
+    sha256: str
+
+
+def push_dataset(
+    name: str, path: str | Path, schema: list[dict[str, str]] | None = None, *, client: Client | None = None
+) -> DatasetVersion:
+    """Uploads a file as the next version of a data set. Blocks.
+
+    `schema` is [{"name", "type"}] of the columns; left out, a Parquet file's own schema is used when pyarrow is installed.
+    Repeatable: the same content answers the version that it has. Raises InvalidInput when there is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InvalidInput(f"there is no file {file}")
+    columns = schema if schema is not None else _parquet_schema(file)
+    own = client or Client()
+    try:
+        stored = upload(own, f"/api/v1/datasets/{name}/uploads", file, {})
+        answer = own.post(
+            f"/api/v1/datasets/{name}/versions", {"upload_id": stored["upload_id"], "schema_json": json.dumps(columns)}, repeatable=True
+        )
+    finally:
+        if client is None:
+            own.close()
+    reference: dict[str, Any] = answer["dataset"]["ref"]
+    return DatasetVersion(reference["name"], int(reference["version"]), reference["sha256"])
+
+
+def _parquet_schema(file: Path) -> list[dict[str, str]]:
+    if file.suffix != ".parquet":
+        return []
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        return []
+    return [{"name": field.name, "type": str(field.type)} for field in parquet.read_schema(file)]
