@@ -30,6 +30,7 @@ class ServiceSettings(BaseSettings):
     topic_prefix: str = Field(default="", description="Put before every topic name, so that several systems can share a Kafka.")
     grpc_address: str = Field(default="127.0.0.1:0", description="Where the gRPC server listens; port 0 takes a free one.")
     http_address: str = Field(default="127.0.0.1:0", description="Where `/healthz` and `/readyz` are served; port 0 takes a free one.")
+    grpc_max_message_bytes: int = Field(default=16 * 1024 * 1024, gt=0, description="Largest gRPC message that is sent or received.")
     otlp_endpoint: str = Field(default="", description="Base URL of an OTLP/HTTP collector for traces and metrics; empty: none are sent.")
     trace_sample_ratio: float = Field(
         default=0.01,
