@@ -1,4 +1,6 @@
-"""Fixtures for every test: real servers, each started on first use and shared by the whole run. Isolation is by database, topic prefix and key prefix.
+"""Fixtures for every test: real servers, each started on first use and shared by the whole run.
+
+Isolation is by database, topic prefix, key prefix and model name.
 
 `--servers=join:STATE_DIR` (or HEADRACE_TEST_SERVERS) uses the servers of a running `headrace up` instead of starting any.
 """
@@ -9,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +19,16 @@ import pytest
 
 if TYPE_CHECKING:
     from artifacts import S3Location
-
     from localstack.kafka import Kafka
     from localstack.postgres import Postgres
     from localstack.throwaway import ThrowawayServers
+    from localstack.triton import Triton
 
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "contract", "integration", "e2e", "chaos", "bench")
-SERVER_FIXTURES = frozenset({"stack_servers", "database", "new_database", "triton", "minio_server", "own_postgres", "own_kafka"})
+SERVER_FIXTURES = frozenset(
+    {"stack_servers", "database", "new_database", "triton", "minio_server", "own_postgres", "own_kafka", "own_triton"}
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -128,6 +133,43 @@ def topic_prefix(stack_servers: StackServers) -> Iterator[str]:
 
         address = (LOOPBACK, stack_servers.servers.kafka.port)
         kafka_wire.delete_topics(address, [topic for topic in kafka_wire.describe(address).topics if topic.startswith(prefix)])
+
+
+@dataclass(frozen=True)
+class TritonAddress:
+    """A Triton server: addresses ("host:port"), and the secret that opens model control."""
+
+    grpc: str
+    http: str
+    secret: str
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The gRPC headers with which restricted calls are made."""
+        from localstack.triton import GRPC_SECRET_METADATA
+
+        return {GRPC_SECRET_METADATA: self.secret}
+
+
+@pytest.fixture(scope="session")
+def triton(stack_servers: StackServers) -> TritonAddress:
+    """The real Triton of this run. Use model names of your own: a name is never used twice."""
+    server = stack_servers.servers.triton
+    return TritonAddress(grpc=server.grpc, http=server.http, secret=server.secret)
+
+
+@pytest.fixture
+def own_triton(stack_servers: StackServers) -> Iterator[Callable[[], Triton]]:
+    """Starts Triton servers that the test may kill and restart with `server.crash(it)` and `server.restart(it)` of localstack."""
+    started: list[Triton] = []
+
+    def make() -> Triton:
+        started.append(stack_servers.servers.new_triton(f"own-triton-{secrets.token_hex(3)}"))
+        return started[-1]
+
+    yield make
+    for one in started:
+        stack_servers.servers.release(one)
 
 
 @pytest.fixture

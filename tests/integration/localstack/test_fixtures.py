@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import asyncpg
+import numpy
+import pytest
+import tritonclient.grpc as grpcclient
+import tritonclient.utils
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-
 from localstack import kafka_wire, s3_probe, server
 
 
@@ -55,3 +60,24 @@ def test_a_killed_kafka_comes_back_as_the_same_cluster(own_kafka) -> None:
     server.crash(kafka)
     server.restart(kafka)
     assert kafka_wire.describe(("127.0.0.1", kafka.port)).cluster_id == kafka.cluster_id
+
+
+def test_triton_runs_a_pushed_model_only_for_those_who_know_the_secret(triton) -> None:
+    client = grpcclient.InferenceServerClient(triton.grpc)
+    shim = b"""
+import triton_python_backend_utils as backend
+
+class TritonPythonModel:
+    def execute(self, requests):
+        doubled = [backend.get_input_tensor_by_name(each, "x").as_numpy() * 2 for each in requests]
+        return [backend.InferenceResponse([backend.Tensor("y", each)]) for each in doubled]
+"""
+    tensor = {"data_type": "TYPE_FP32", "dims": [-1]}
+    config = json.dumps({"backend": "python", "input": [{"name": "x", **tensor}], "output": [{"name": "y", **tensor}]})
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="restricted"):
+        client.load_model("doubling", config=config, files={"file:1/model.py": shim})
+    client.load_model("doubling", config=config, files={"file:1/model.py": shim}, headers=triton.metadata)
+    asked = grpcclient.InferInput("x", [3], "FP32")
+    asked.set_data_from_numpy(numpy.array([1, 2, 3], numpy.float32))
+    assert client.infer("doubling", [asked]).as_numpy("y").tolist() == [2, 4, 6]
+    client.close()

@@ -46,7 +46,7 @@ def folder() -> Path:
 
 
 def fetch(progress: Progress) -> Path:
-    """The folder with all locked jars, downloaded once (42 MB) and checked against their hashes. Blocks; safe to call from several processes.
+    """The folder with all locked jars, downloaded once (42 MB), hashes checked. Blocks; safe to call from several processes.
 
     Raises StackError when one cannot be fetched or has another hash.
     """

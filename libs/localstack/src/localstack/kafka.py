@@ -149,9 +149,21 @@ def _classpath(jar_folder: Path) -> str:
     return os.pathsep.join(str(jar_folder / jar.filename) for jar in jars.locked())
 
 
-def _command(classpath: str, main_class: str, *arguments: str | Path, archive: Path | None = None, options: tuple[str, ...] = ()) -> list[str]:
+def _command(
+    classpath: str, main_class: str, *arguments: str | Path, archive: Path | None = None, options: tuple[str, ...] = ()
+) -> list[str]:
     faster = [f"-XX:AOTCache={archive}"] if archive is not None and archive.exists() else []
-    return [str(java()), *_JVM, *faster, *options, "-Dlog4j2.configurationFile=log4j2.properties", "-cp", classpath, main_class, *map(str, arguments)]
+    return [
+        str(java()),
+        *_JVM,
+        *faster,
+        *options,
+        "-Dlog4j2.configurationFile=log4j2.properties",
+        "-cp",
+        classpath,
+        main_class,
+        *map(str, arguments),
+    ]
 
 
 def _environment(directory: Path) -> dict[str, str]:
@@ -176,7 +188,7 @@ def _archive(jar_folder: Path) -> Path:
 
 
 def _make_archive(jar_folder: Path, progress: Progress) -> None:
-    """Lets a throw-away broker start and stop once, while the JVM records its classes (JEP 514). A machine on which that fails starts slower, no more."""
+    """Lets a throw-away broker start and stop once, while the JVM records its classes (JEP 514)."""
     archive = _archive(jar_folder)
     if archive.exists():
         return
@@ -187,12 +199,19 @@ def _make_archive(jar_folder: Path, progress: Progress) -> None:
         directory = Path(scratch)
         ports = Ports(directory / "ports.json", random_only=True)
         broker = Kafka(
-            directory, port=ports.claim("broker", 0), controller_port=ports.claim("controller", 0), mark=f"archive-{os.getpid()}", log=directory / "log", warm=False
+            directory,
+            port=ports.claim("broker", 0),
+            controller_port=ports.claim("controller", 0),
+            mark=f"archive-{os.getpid()}",
+            log=directory / "log",
+            warm=False,
         )
         broker.prepare(progress)
         draft = directory / "classes.aot"
         argv = _command(_classpath(jar_folder), "kafka.Kafka", "server.properties", options=(f"-XX:AOTCacheOutput={draft}",))
-        broker.child = spawn("kafka", argv, log=directory / "log", env=_environment(directory), mark=f"archive-{os.getpid()}", cwd=directory)
+        broker.child = spawn(
+            "kafka", argv, log=directory / "log", env=_environment(directory), mark=f"archive-{os.getpid()}", cwd=directory
+        )
         try:
             wait_ready(broker)
         finally:

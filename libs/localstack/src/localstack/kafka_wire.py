@@ -1,6 +1,7 @@
-"""Three requests of the Kafka protocol, spoken directly: whose broker this is, which topics it has, delete some. No client library is worth its start-up time here.
+"""Three requests of the Kafka protocol, spoken directly: whose broker this is, which topics it has, delete some topics.
 
-Layouts: the protocol guide of Apache Kafka, Metadata version 5 and DeleteTopics version 3 (the last ones without tagged fields).
+No client library is worth its start-up time here. Layouts: the protocol guide of Apache
+Kafka, Metadata version 5 and DeleteTopics version 3 (the last ones without tagged fields).
 """
 
 from __future__ import annotations

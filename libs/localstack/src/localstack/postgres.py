@@ -59,7 +59,9 @@ class Postgres:
         password_file.touch(mode=0o600)
         password_file.write_text(self._password + "\n")
         try:
-            self._run("initdb", "-D", draft, "-U", SUPERUSER, f"--pwfile={password_file}", "-A", "scram-sha-256", "--locale=C", "-E", "UTF8")
+            self._run(
+                "initdb", "-D", draft, "-U", SUPERUSER, f"--pwfile={password_file}", "-A", "scram-sha-256", "--locale=C", "-E", "UTF8"
+            )
         finally:
             password_file.unlink()
         draft.rename(data)
@@ -76,9 +78,11 @@ class Postgres:
             "log_min_messages": "warning",
             "log_line_prefix": "%m [%p] %u@%d ",
             "timezone": "UTC",
+            # Not in /dev/shm, where it would stay after a kill.
+            "dynamic_shared_memory_type": "mmap",
         }
         options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        argv = [self._bin / "postgres", "-D", data, "-p", str(self.port), "-k", "", *options]
+        argv: list[str | Path] = [self._bin / "postgres", "-D", data, "-p", str(self.port), "-k", "", *options]
         self.child = spawn(self.name, argv, log=self._log, env=_environment(), mark=self._mark, unprivileged=True)
 
     def ready(self) -> str | None:
@@ -100,7 +104,20 @@ class Postgres:
         """
         # Set inside the script: what stands on a command line can be read by every user of the machine.
         settings = "".join(f"\\set {name} {_quoted(value)}\n" for name, value in (variables or {}).items())
-        argv = [self._bin / "psql", "-XqAt", "-v", "ON_ERROR_STOP=1", "-h", LOOPBACK, "-p", str(self.port), "-U", SUPERUSER, "-d", database]
+        argv: list[str | Path] = [
+            self._bin / "psql",
+            "-XqAt",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-h",
+            LOOPBACK,
+            "-p",
+            str(self.port),
+            "-U",
+            SUPERUSER,
+            "-d",
+            database,
+        ]
         env = {**_environment(), "PGPASSWORD": self._password, "PGCONNECT_TIMEOUT": "5"}
         try:
             done = subprocess.run(argv, input=settings + script, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -108,7 +125,8 @@ class Postgres:
             raise StackError("PostgreSQL did not answer within 60 s") from error
         if done.returncode != 0:
             raise StackError(done.stderr.strip() or f"psql ended with {done.returncode}")
-        return done.stdout.strip()
+        output: str = done.stdout
+        return output.strip()
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         command = [str(self._bin / program), *map(str, arguments)]

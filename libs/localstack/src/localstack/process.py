@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive us: each dies with the process that started it, leads a session of its own, and can be recognised later by pid and start time."""
+"""Child processes that cannot outlive us: each dies with its parent, leads a session of its own, and is known by pid and start time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
@@ -20,7 +21,7 @@ MARK = "HEADRACE_STACK_ID"
 _POLL_S = 0.02
 _LOG_LIMIT = 32 * 1024 * 1024
 
-# The kernel sends the parent-death signal when the *thread* that forked ends. All children are therefore forked by this one thread, which lives as long as the process.
+# The kernel sends the parent-death signal when the *thread* that forked ends: all children are forked by this one, which lives on.
 _forker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="localstack-forker")
 
 
@@ -75,10 +76,8 @@ class Child:
         """Asks the process to end, and kills its whole group after `grace_s` seconds. Blocks; may be repeated."""
         if self.alive():
             self._popen.send_signal(stop_signal)
-            try:
+            with suppress(subprocess.TimeoutExpired):  # the group is killed below in either case
                 self._popen.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                pass  # the group is killed below in either case
         self.kill()
 
     def kill(self) -> None:
@@ -88,7 +87,14 @@ class Child:
 
 
 def spawn(
-    name: str, argv: Sequence[str | Path], *, log: Path, env: Mapping[str, str], mark: str, cwd: Path | None = None, unprivileged: bool = False
+    name: str,
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    env: Mapping[str, str],
+    mark: str,
+    cwd: Path | None = None,
+    unprivileged: bool = False,
 ) -> Child:
     """Starts a process whose output goes to `log` (appended), in a session of its own, killed when this process ends.
 

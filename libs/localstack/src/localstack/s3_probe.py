@@ -1,4 +1,6 @@
-"""The few S3 requests with which a store is prepared and recognised: make the bucket, leave a sentinel object, read it. Signature version 4, standard library only."""
+"""The few S3 requests with which a store is prepared and recognised: make the bucket, leave a sentinel object, read it.
+
+Signature version 4 of AWS, with the standard library only."""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ class S3Access:
 
 
 def request(access: S3Access, method: str, path: str, body: bytes = b"", timeout_s: float = 5) -> tuple[int, bytes]:
-    """One signed request; `path` starts with a slash and needs no escaping. Returns status and body. Blocks; raises StackError when nobody answers."""
+    """One signed request; `path` starts with a slash and needs no escaping. Returns status and body.
+
+    Blocks; raises StackError when nobody answers.
+    """
     now = datetime.now(UTC)
     day, moment = now.strftime("%Y%m%d"), now.strftime("%Y%m%dT%H%M%SZ")
     digest = hashlib.sha256(body).hexdigest()

@@ -55,7 +55,7 @@ class Seaweed:
         # SeaweedFS keeps the options of its first start in a file, with ports that may be taken by now.
         (self.directory / "data" / "mini.options").unlink(missing_ok=True)
         names = ("s3", "master", "volume", "filer", "admin")
-        argv = [
+        argv: list[str | Path] = [
             binary(),
             "-logtostderr=true",
             "mini",

@@ -19,6 +19,7 @@ from localstack.s3_probe import S3Access
 from localstack.seaweed import PORTS as SEAWEED_PORTS
 from localstack.seaweed import Seaweed, usable
 from localstack.server import Server
+from localstack.triton import Triton
 
 _ATTEMPTS = 4
 S = TypeVar("S", bound=Server)
@@ -36,10 +37,12 @@ class ThrowawayServers:
         self.mark = secrets.token_hex(8)
         _remove_abandoned(parent)
         self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "mark").write_text(self.mark + "\n")
         self._servers: list[Server] = []
         self._postgres: Postgres | None = None
         self._kafka: Kafka | None = None
         self._seaweed: Seaweed | None = None
+        self._triton: Triton | None = None
 
     @property
     def postgres(self) -> Postgres:
@@ -72,6 +75,13 @@ class ThrowawayServers:
         """Where the shared S3 server is, with its keys."""
         return self.seaweed.access
 
+    @property
+    def triton(self) -> Triton:
+        """The shared Triton."""
+        if self._triton is None:
+            self._triton = self.new_triton("triton")
+        return self._triton
+
     def new_postgres(self, name: str) -> Postgres:
         """Another PostgreSQL, started, for a test that breaks it."""
         password = secrets.token_urlsafe(12)
@@ -85,7 +95,13 @@ class ThrowawayServers:
         """Another broker, started, for a test that breaks it."""
 
         def make(ports: Ports, folder: Path) -> Kafka:
-            return Kafka(folder, port=ports.claim(name, 0), controller_port=ports.claim(f"{name}-controller", 0), mark=self.mark, log=folder.with_suffix(".log"))
+            return Kafka(
+                folder,
+                port=ports.claim(name, 0),
+                controller_port=ports.claim(f"{name}-controller", 0),
+                mark=self.mark,
+                log=folder.with_suffix(".log"),
+            )
 
         return self._start(name, make)
 
@@ -95,7 +111,32 @@ class ThrowawayServers:
 
         def make(ports: Ports, folder: Path) -> Seaweed:
             port = ports.claim(name, 0, SEAWEED_PORTS, usable)
-            return Seaweed(folder, port=port, access_key=access_key, secret_key=secret_key, bucket="headrace", mark=self.mark, log=folder.with_suffix(".log"))
+            return Seaweed(
+                folder,
+                port=port,
+                access_key=access_key,
+                secret_key=secret_key,
+                bucket="headrace",
+                mark=self.mark,
+                log=folder.with_suffix(".log"),
+            )
+
+        return self._start(name, make)
+
+    def new_triton(self, name: str) -> Triton:
+        """Another Triton, started."""
+        secret = secrets.token_urlsafe(16)
+
+        def make(ports: Ports, folder: Path) -> Triton:
+            return Triton(
+                folder,
+                http_port=ports.claim(name, 0),
+                grpc_port=ports.claim(f"{name}-grpc", 0),
+                metrics_port=ports.claim(f"{name}-metrics", 0),
+                secret=secret,
+                mark=self.mark,
+                log=folder.with_suffix(".log"),
+            )
 
         return self._start(name, make)
 
@@ -107,8 +148,9 @@ class ThrowawayServers:
     def close(self) -> None:
         """Stops everything at once and removes the folder. May be repeated."""
         for one in self._servers:
-            if one.child is not None:
-                one.child.kill()  # nobody needs the data: no shutdown in good order
+            # Nobody needs the data: only those that leave something outside the folder are stopped in good order.
+            if not isinstance(one, (Postgres, Triton)):
+                server.crash(one)
         for one in self._servers:
             one.stop()
         self._servers.clear()
@@ -136,8 +178,10 @@ class ThrowawayServers:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Folders of test runs that were killed: their servers died with them."""
+    """Folders of test runs that were killed: their servers died with them, what those had forked perhaps not."""
     for folder in parent.glob("run-*-*"):
         _, pid, started = folder.name.split("-")
         if not process.ProcessId(int(pid), int(started)).alive():
+            if (mark := folder / "mark").exists():
+                process.sweep(mark.read_text().strip())
             shutil.rmtree(folder, ignore_errors=True)
