@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from artifacts import S3Location
     from localstack.kafka import Kafka
     from localstack.postgres import Postgres
+    from localstack.s3_probe import S3Access
     from localstack.throwaway import ThrowawayServers
     from localstack.triton import Triton
 
@@ -79,10 +80,13 @@ class StackServers:
     @property
     def s3(self) -> S3Location:
         """The S3 server with its keys and bucket."""
-        from artifacts import S3Location
+        return _location(self.servers.s3)
 
-        access = self.servers.s3
-        return S3Location(endpoint=access.endpoint, access_key=access.access_key, secret_key=access.secret_key, bucket=access.bucket)
+
+def _location(access: S3Access) -> S3Location:
+    from artifacts import S3Location
+
+    return S3Location(endpoint=access.endpoint, access_key=access.access_key, secret_key=access.secret_key, bucket=access.bucket)
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +160,12 @@ def triton(stack_servers: StackServers) -> TritonAddress:
     """The real Triton of this run. Use model names of your own: a name is never used twice."""
     server = stack_servers.servers.triton
     return TritonAddress(grpc=server.grpc, http=server.http, secret=server.secret)
+
+
+@pytest.fixture(scope="session")
+def minio_server(stack_servers: StackServers) -> S3Location:
+    """A real MinIO. The first time on a machine it may be built first, which takes minutes."""
+    return _location(stack_servers.servers.minio.access)
 
 
 @pytest.fixture

@@ -47,6 +47,12 @@ def test_the_object_store_keeps_what_it_is_given(stack_servers) -> None:
     assert s3_probe.request(access, "GET", f"/{access.bucket}/fixtures/a") == (200, b"bytes")
 
 
+def test_minio_keeps_what_it_is_given(stack_servers) -> None:
+    access = stack_servers.servers.minio.access
+    assert s3_probe.request(access, "PUT", f"/{access.bucket}/fixtures/a", b"bytes")[0] == 200
+    assert s3_probe.request(access, "GET", f"/{access.bucket}/fixtures/a") == (200, b"bytes")
+
+
 def test_a_killed_postgres_comes_back_with_its_rows(own_postgres) -> None:
     postgres = own_postgres()
     postgres.sql("CREATE TABLE kept (id int); INSERT INTO kept VALUES (7)")

@@ -13,6 +13,7 @@ from localstack import process, server
 from localstack.cache import Progress, Silent
 from localstack.errors import NotReady
 from localstack.kafka import Kafka
+from localstack.minio import Minio
 from localstack.ports import Ports
 from localstack.postgres import Postgres
 from localstack.s3_probe import S3Access
@@ -43,6 +44,7 @@ class ThrowawayServers:
         self._kafka: Kafka | None = None
         self._seaweed: Seaweed | None = None
         self._triton: Triton | None = None
+        self._minio: Minio | None = None
 
     @property
     def postgres(self) -> Postgres:
@@ -82,6 +84,13 @@ class ThrowawayServers:
             self._triton = self.new_triton("triton")
         return self._triton
 
+    @property
+    def minio(self) -> Minio:
+        """The shared MinIO. The first time on a machine it may have to be built, which takes minutes."""
+        if self._minio is None:
+            self._minio = self.new_minio("minio")
+        return self._minio
+
     def new_postgres(self, name: str) -> Postgres:
         """Another PostgreSQL, started, for a test that breaks it."""
         password = secrets.token_urlsafe(12)
@@ -114,6 +123,23 @@ class ThrowawayServers:
             return Seaweed(
                 folder,
                 port=port,
+                access_key=access_key,
+                secret_key=secret_key,
+                bucket="headrace",
+                mark=self.mark,
+                log=folder.with_suffix(".log"),
+            )
+
+        return self._start(name, make)
+
+    def new_minio(self, name: str) -> Minio:
+        """A MinIO server, started."""
+        access_key, secret_key = secrets.token_hex(8), secrets.token_hex(16)
+
+        def make(ports: Ports, folder: Path) -> Minio:
+            return Minio(
+                folder,
+                port=ports.claim(name, 0),
                 access_key=access_key,
                 secret_key=secret_key,
                 bucket="headrace",
