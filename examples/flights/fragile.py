@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
 from features import OUTPUT
+from onnx import TensorProto, helper, numpy_helper
 
 FITTED_UNTIL = 120
 STEPS = 100_000

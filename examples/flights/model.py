@@ -1,4 +1,7 @@
-"""The network: raw columns in, probability of a late arrival out. Its preprocessing is part of it, so that training and serving cannot differ."""
+"""The network: raw columns in, probability of a late arrival out.
+
+Its preprocessing is part of it, so that training and serving cannot differ.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ import datetime
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
-
 from features import CATEGORIES, GAPS, SCHEDULE, WEATHER, tensors
+from torch import Tensor, nn
 
 HOLIDAYS = ((1, 1), (1, 21), (2, 18), (3, 31), (5, 27), (7, 4), (9, 2), (10, 14), (11, 11), (11, 28), (12, 25))
 """Holidays of the United States in 2013 around which people travel: (month, day)."""

@@ -1,6 +1,4 @@
-"""Trains the network on some months, exports it and logs it to Headrace, ready to be delivered.
-
-    python train.py --months=1-3
+"""Trains the network on some months, exports it and logs it to Headrace, ready to be delivered: `python train.py --months=1-3`.
 
 Run by a Headrace trainer it logs into the run that the trainer made; run by hand it starts one (see README.md).
 """
@@ -13,14 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import export
+import fragile
 import headrace
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-
-import export
-import fragile
 from data import load
 from features import CATEGORIES, LABEL, OUTPUT, signature, tensors
 from model import Ensemble, encode, fit, vocabulary_of
