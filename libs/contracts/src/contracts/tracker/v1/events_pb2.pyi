@@ -132,12 +132,15 @@ class RunFinished(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     experiment_id: _builtins.int
     experiment_name: _builtins.str
     run_name: _builtins.str
     user: _builtins.str
     parent_run_id: _builtins.str
+    truncated: _builtins.bool
+    """Metrics, params or tags were left out for their size (tags headrace.* never before others): GetRun has them all."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -177,10 +180,11 @@ class RunFinished(_message.Message):
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         inputs: _abc.Iterable[_model_pb2.DatasetRef] | None = ...,
         source: Global___RunSource | None = ...,
+        truncated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "source", b"source", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experiment_id", b"experiment_id", "experiment_name", b"experiment_name", "finished_at", b"finished_at", "inputs", b"inputs", "metrics", b"metrics", "models", b"models", "params", b"params", "parent_run_id", b"parent_run_id", "run_id", b"run_id", "run_name", b"run_name", "source", b"source", "started_at", b"started_at", "tags", b"tags", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experiment_id", b"experiment_id", "experiment_name", b"experiment_name", "finished_at", b"finished_at", "inputs", b"inputs", "metrics", b"metrics", "models", b"models", "params", b"params", "parent_run_id", b"parent_run_id", "run_id", b"run_id", "run_name", b"run_name", "source", b"source", "started_at", b"started_at", "tags", b"tags", "truncated", b"truncated", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RunFinished: _TypeAlias = RunFinished  # noqa: Y015

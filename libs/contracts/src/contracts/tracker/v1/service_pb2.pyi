@@ -568,11 +568,15 @@ class FinishRunRequest(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     FINISHED_MS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     status: _builtins.str
     """FINISHED, FAILED or KILLED."""
     finished_ms: _builtins.int
+    """0: now."""
     reason: _builtins.str
+    fencing_token: _builtins.int
+    """More than 0: the attempt that asks; refused when a newer one owns the run."""
     def __init__(
         self,
         *,
@@ -580,8 +584,9 @@ class FinishRunRequest(_message.Message):
         status: _builtins.str = ...,
         finished_ms: _builtins.int = ...,
         reason: _builtins.str = ...,
+        fencing_token: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished_ms", b"finished_ms", "reason", b"reason", "run_id", b"run_id", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fencing_token", b"fencing_token", "finished_ms", b"finished_ms", "reason", b"reason", "run_id", b"run_id", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___FinishRunRequest: _TypeAlias = FinishRunRequest  # noqa: Y015
@@ -610,13 +615,17 @@ class RenewLeaseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
+    FENCING_TOKEN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    fencing_token: _builtins.int
+    """More than 0: the attempt that asks; refused when a newer one owns the run."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
+        fencing_token: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fencing_token", b"fencing_token", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RenewLeaseRequest: _TypeAlias = RenewLeaseRequest  # noqa: Y015
@@ -792,7 +801,7 @@ class ListArtifactsRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     path: _builtins.str
-    """Empty: the top."""
+    """Answers what is at this path and all below it; empty: everything."""
     def __init__(
         self,
         *,
