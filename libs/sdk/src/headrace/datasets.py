@@ -36,7 +36,7 @@ def push_dataset(
     try:
         stored = upload(own, f"/api/v1/datasets/{name}/uploads", file, {})
         answer = own.post(
-            f"/api/v1/datasets/{name}/versions", {"upload_id": stored["upload_id"], "schema_json": json.dumps(columns)}, repeatable=True
+            f"/api/v1/datasets/{name}/versions", {"upload_id": stored["upload_id"], "columns_json": json.dumps(columns)}, repeatable=True
         )
     finally:
         if client is None:

@@ -15,7 +15,7 @@ from gateway.control import deliveries, models, operations, rollouts, runs, trac
 
 if TYPE_CHECKING:
     from fastapi import Request
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from gateway.control.peers import Peers
     from gateway.control.traces import SpanSource
@@ -61,7 +61,7 @@ class _Boundary:
             return
         begun = False
 
-        async def watched(message: dict[str, object]) -> None:
+        async def watched(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)

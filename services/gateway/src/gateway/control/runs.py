@@ -94,7 +94,7 @@ class Parts(BaseModel):
 
 class NewDatasetVersion(BaseModel):
     upload_id: str
-    schema_json: str = "[]"
+    columns_json: str = Field(default="[]", description='JSON: [{"name", "type"}].')
 
 
 @router.get("/experiments", responses=answers(pb.ListExperimentsResponse))
@@ -208,7 +208,7 @@ async def start_dataset_upload(name: str, body: Upload, peers: PeersOf) -> Json:
 
 @router.post("/datasets/{name}/versions", responses=answers(pb.RegisterDatasetResponse), tags=["datasets"])
 async def register_dataset(name: str, body: NewDatasetVersion, peers: PeersOf) -> Json:
-    request = pb.RegisterDatasetRequest(name=name, upload_id=body.upload_id, schema_json=body.schema_json)
+    request = pb.RegisterDatasetRequest(name=name, upload_id=body.upload_id, schema_json=body.columns_json)
     return to_json(await peers.tracker.RegisterDataset(request))
 
 

@@ -14,9 +14,15 @@ from gateway.control.lineage import lineage_of
 from gateway.control.peers import Peers
 from gateway.control.routing import PeersOf
 from gateway.control.wire import Json
-from gateway.tracing import ARM, ENDPOINT, MODEL, REQUEST_ID, VERSION
 
 router = APIRouter(tags=["traces"])
+
+# Attributes of the data path's spans, as gateway.exchange writes them.
+REQUEST_ID = "headrace.request_id"
+ENDPOINT = "headrace.endpoint"
+ARM = "headrace.arm"
+MODEL = "headrace.model"
+VERSION = "headrace.model_version"
 
 NOT_KEPT = (
     "no span of this is kept: the id is unknown, it was not sampled (HEADRACE_TRACE_SAMPLE_RATIO; errors always are), it is too old, "

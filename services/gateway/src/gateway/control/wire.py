@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -35,7 +35,7 @@ def to_json(message: Message) -> Json:
 
 def schema(message_class: type[Message]) -> Json:
     """The JSON schema of what `to_json` makes of such a message."""
-    return _schema(message_class.DESCRIPTOR, ())
+    return _schema(cast(Descriptor, message_class.DESCRIPTOR), ())
 
 
 def _field(message: Message, field: FieldDescriptor) -> Any:
