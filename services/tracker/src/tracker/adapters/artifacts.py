@@ -1,0 +1,190 @@
+"""Experiments, uploads, artifacts and data sets, in PostgreSQL."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from sqlalchemy import RowMapping, delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tracker.adapters import tables as t
+from tracker.domain.artifact import Artifact, Dataset, Upload
+from tracker.domain.model import BlobRef
+from tracker.domain.run import Experiment
+from tracker.ports import RequestKey
+
+
+class SqlExperiments:
+    """Implements `ports.Experiments` on one connection, within its transaction."""
+
+    def __init__(self, conn: AsyncConnection) -> None:
+        self._conn = conn
+
+    async def add(self, name: str, created_ms: int, request: RequestKey | None) -> Experiment | None:
+        row = {
+            "name": name,
+            "lifecycle_stage": "active",
+            "created_ms": created_ms,
+            "requested_by": request.caller if request else None,
+            "request_id": request.request_id if request else None,
+        }
+        made = await self._conn.execute(upsert(t.experiment).values(**row).on_conflict_do_nothing().returning(*_EXPERIMENT))
+        return _experiment(made.mappings().first())
+
+    async def get(self, experiment_id: int) -> Experiment | None:
+        found = await self._conn.execute(select(*_EXPERIMENT).where(t.experiment.c.id == experiment_id))
+        return _experiment(found.mappings().first())
+
+    async def by_name(self, name: str) -> Experiment | None:
+        found = await self._conn.execute(select(*_EXPERIMENT).where(t.experiment.c.name == name))
+        return _experiment(found.mappings().first())
+
+    async def by_request(self, request: RequestKey) -> Experiment | None:
+        same = (t.experiment.c.requested_by == request.caller) & (t.experiment.c.request_id == request.request_id)
+        return _experiment((await self._conn.execute(select(*_EXPERIMENT).where(same))).mappings().first())
+
+    async def page(self, after_id: int, limit: int) -> Sequence[Experiment]:
+        statement = select(*_EXPERIMENT).where(t.experiment.c.id > after_id).order_by(t.experiment.c.id).limit(limit)
+        return [Experiment(**row) for row in (await self._conn.execute(statement)).mappings()]
+
+
+_EXPERIMENT = (t.experiment.c.id, t.experiment.c.name, t.experiment.c.lifecycle_stage, t.experiment.c.created_ms)
+
+
+def _experiment(row: RowMapping | None) -> Experiment | None:
+    return None if row is None else Experiment(**row)
+
+
+class SqlArtifacts:
+    """Implements `ports.Artifacts` on one connection, within its transaction."""
+
+    def __init__(self, conn: AsyncConnection) -> None:
+        self._conn = conn
+
+    async def add_upload(self, upload: Upload) -> None:
+        await self._conn.execute(
+            t.upload.insert().values(
+                upload_id=upload.upload_id,
+                run_id=upload.run_id,
+                path=upload.path,
+                dataset=upload.dataset,
+                key=upload.object.key,
+                size_bytes=upload.object.size_bytes,
+                sha256=upload.object.sha256,
+                store_id=upload.store_id,
+                complete=upload.complete,
+            )
+        )
+
+    async def find_complete(self, run_id: str, path: str, dataset: str, sha256: str) -> Upload | None:
+        up = t.upload.c
+        statement = (
+            select(t.upload)
+            # Of a run, only what its path holds now: completing an older content again would not bring it back.
+            .outerjoin(t.artifact, (t.artifact.c.run_id == up.run_id) & (t.artifact.c.path == up.path) & (t.artifact.c.key == up.key))
+            .where(up.complete, up.sha256 == sha256, up.run_id == run_id, up.path == path, up.dataset == dataset)
+            .where(or_(up.run_id == "", t.artifact.c.key.is_not(None)))
+            .order_by(up.upload_id.desc())
+            .limit(1)
+        )
+        return _upload((await self._conn.execute(statement)).mappings().first())
+
+    async def get_upload(self, upload_id: str) -> Upload | None:
+        return _upload((await self._conn.execute(select(t.upload).where(t.upload.c.upload_id == upload_id))).mappings().first())
+
+    async def complete_upload(self, upload: Upload) -> None:
+        await self._conn.execute(update(t.upload).where(t.upload.c.upload_id == upload.upload_id).values(complete=True))
+        if upload.run_id:
+            stored = {"key": upload.object.key, "size_bytes": upload.object.size_bytes, "sha256": upload.object.sha256}
+            statement = upsert(t.artifact).values(run_id=upload.run_id, path=upload.path, **stored)
+            await self._conn.execute(statement.on_conflict_do_update(index_elements=["run_id", "path"], set_=stored))
+
+    async def drop_upload(self, upload_id: str) -> None:
+        await self._conn.execute(delete(t.upload).where(t.upload.c.upload_id == upload_id))
+
+    async def get(self, run_id: str, path: str) -> Artifact | None:
+        found = t.artifact.c
+        row = (await self._conn.execute(select(t.artifact).where(found.run_id == run_id, found.path == path))).mappings().first()
+        return None if row is None else _artifact(row)
+
+    async def below(self, run_id: str, path: str) -> Sequence[Artifact]:
+        found = t.artifact.c
+        statement = select(t.artifact).where(found.run_id == run_id).order_by(found.path)
+        if path:
+            statement = statement.where(or_(found.path == path, func.starts_with(found.path, f"{path}/")))
+        return [_artifact(row) for row in (await self._conn.execute(statement)).mappings()]
+
+    async def find_blob(self, sha256: str) -> BlobRef | None:
+        row = (await self._conn.execute(select(t.blob).where(t.blob.c.sha256 == sha256))).mappings().first()
+        return None if row is None else _object(row)
+
+    async def add_blob(self, blob: BlobRef) -> None:
+        row = {"sha256": blob.sha256, "size_bytes": blob.size_bytes, "key": blob.key}
+        await self._conn.execute(upsert(t.blob).values(**row).on_conflict_do_nothing())
+
+
+def _object(row: RowMapping) -> BlobRef:
+    return BlobRef(row["sha256"], row["size_bytes"], row["key"])
+
+
+def _upload(row: RowMapping | None) -> Upload | None:
+    if row is None:
+        return None
+    return Upload(row["upload_id"], row["run_id"], row["path"], row["dataset"], _object(row), row["store_id"], row["complete"])
+
+
+def _artifact(row: RowMapping) -> Artifact:
+    return Artifact(row["path"], _object(row))
+
+
+class SqlDatasets:
+    """Implements `ports.Datasets` on one connection, within its transaction."""
+
+    def __init__(self, conn: AsyncConnection) -> None:
+        self._conn = conn
+
+    async def add(self, dataset: Dataset) -> Dataset:
+        await self._conn.execute(upsert(t.dataset).values(name=dataset.name, latest_version=0).on_conflict_do_nothing())
+        # The data set's row is held from here: versions are given one after another.
+        held = select(t.dataset.c.latest_version).where(t.dataset.c.name == dataset.name).with_for_update()
+        latest = (await self._conn.execute(held)).scalar_one()
+        if same := await self.find(dataset.name, dataset.blob.sha256):
+            return same
+        new = dataclasses.replace(dataset, version=latest + 1)
+        await self._conn.execute(update(t.dataset).where(t.dataset.c.name == new.name).values(latest_version=new.version))
+        await self._conn.execute(
+            t.dataset_version.insert().values(
+                name=new.name,
+                version=new.version,
+                sha256=new.blob.sha256,
+                size_bytes=new.blob.size_bytes,
+                key=new.blob.key,
+                schema_json=new.schema_json,
+                created_ms=new.created_ms,
+            )
+        )
+        return new
+
+    async def get(self, name: str, version: int) -> Dataset | None:
+        stored = t.dataset_version.c
+        statement = select(t.dataset_version).where(stored.name == name)
+        statement = statement.where(stored.version == version) if version else statement.order_by(stored.version.desc()).limit(1)
+        return _dataset((await self._conn.execute(statement)).mappings().first())
+
+    async def find(self, name: str, sha256: str) -> Dataset | None:
+        stored = t.dataset_version.c
+        same = select(t.dataset_version).where(stored.name == name, stored.sha256 == sha256)
+        return _dataset((await self._conn.execute(same)).mappings().first())
+
+    async def all(self) -> Sequence[Dataset]:
+        statement = select(t.dataset_version).order_by(t.dataset_version.c.name, t.dataset_version.c.version.desc())
+        found = [_dataset(row) for row in (await self._conn.execute(statement)).mappings()]
+        return [dataset for dataset in found if dataset is not None]
+
+
+def _dataset(row: RowMapping | None) -> Dataset | None:
+    if row is None:
+        return None
+    return Dataset(row["name"], row["version"], _object(row), row["schema_json"], row["created_ms"])

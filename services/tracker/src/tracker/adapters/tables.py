@@ -1,0 +1,171 @@
+"""The tracker's tables as SQLAlchemy Core sees them. The migrations make them; a test compares the two."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+SCHEMA = "tracker"
+METADATA = MetaData(schema=SCHEMA)
+
+
+def _text(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False)
+
+
+def _bigint(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False)
+
+
+experiment = Table(
+    "experiment",
+    METADATA,
+    Column("id", BigInteger, Identity(always=False), primary_key=True),
+    _text("name"),
+    _text("lifecycle_stage"),
+    _bigint("created_ms"),
+    Column("requested_by", Text),
+    Column("request_id", Text),
+    UniqueConstraint("name", name="experiment_name"),
+    UniqueConstraint("requested_by", "request_id", name="experiment_request"),
+)
+
+run = Table(
+    "run",
+    METADATA,
+    Column("run_id", Text, CheckConstraint("run_id ~ '^[0-9a-f]{32}$'"), primary_key=True),
+    Column("experiment_id", BigInteger, ForeignKey(experiment.c.id), nullable=False),
+    _text("name"),
+    _text("user_name"),
+    _text("status"),
+    _text("lifecycle_stage"),
+    _bigint("started_ms"),
+    _bigint("finished_ms"),
+    _text("reason"),
+    _text("parent_run_id"),
+    _text("source_commit"),
+    Column("source_dirty", Boolean, nullable=False),
+    _text("source_diff_key"),
+    _text("source_command"),
+    _text("training_id"),
+    Column("lease_seconds", Integer, nullable=False),
+    Column("lease_expires_at", DateTime(timezone=True)),
+    _bigint("fencing_token"),
+    _bigint("event_sequence"),
+    Column("requested_by", Text),
+    Column("request_id", Text),
+    UniqueConstraint("requested_by", "request_id", name="run_request"),
+)
+Index("run_newest", run.c.experiment_id, run.c.started_ms, run.c.run_id)
+Index("run_lease", run.c.lease_expires_at, postgresql_where=run.c.status == "RUNNING")
+
+
+def _run_id(references: bool = True) -> Column[str]:
+    return Column("run_id", Text, *([ForeignKey(run.c.run_id)] if references else []), primary_key=True)
+
+
+param = Table("param", METADATA, _run_id(), Column("key", Text, primary_key=True), _text("value"))
+
+tag = Table("tag", METADATA, _run_id(), Column("key", Text, primary_key=True), _text("value"))
+
+metric_point = Table(
+    "metric_point",
+    METADATA,
+    _run_id(references=False),
+    Column("key", Text, primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("timestamp_ms", BigInteger, primary_key=True),
+    Column("value", Double, primary_key=True),
+)
+
+metric_latest = Table(
+    "metric_latest",
+    METADATA,
+    _run_id(references=False),
+    Column("key", Text, primary_key=True),
+    _bigint("step"),
+    _bigint("timestamp_ms"),
+    Column("value", Double, nullable=False),
+)
+
+upload = Table(
+    "upload",
+    METADATA,
+    Column("upload_id", Text, primary_key=True),
+    _text("run_id"),
+    _text("path"),
+    _text("dataset"),
+    _text("key"),
+    _bigint("size_bytes"),
+    _text("sha256"),
+    _text("store_id"),
+    Column("complete", Boolean, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+Index("upload_content", upload.c.sha256, postgresql_where=upload.c.complete)
+
+artifact = Table(
+    "artifact",
+    METADATA,
+    _run_id(),
+    Column("path", Text, primary_key=True),
+    _text("key"),
+    _bigint("size_bytes"),
+    _text("sha256"),
+)
+
+blob = Table("blob", METADATA, Column("sha256", Text, primary_key=True), _bigint("size_bytes"), _text("key"))
+
+model = Table(
+    "model",
+    METADATA,
+    _run_id(),
+    Column("name", Text, primary_key=True),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    _text("format"),
+    Column("blob", Text, ForeignKey(blob.c.sha256), nullable=False),
+    Column("samples", Text, ForeignKey(blob.c.sha256), nullable=False),
+    Column("signature", JSONB, nullable=False),
+)
+
+dataset = Table("dataset", METADATA, Column("name", Text, primary_key=True), _bigint("latest_version"))
+
+dataset_version = Table(
+    "dataset_version",
+    METADATA,
+    Column("name", Text, ForeignKey(dataset.c.name), primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    _text("sha256"),
+    _bigint("size_bytes"),
+    _text("key"),
+    _text("schema_json"),
+    _bigint("created_ms"),
+    UniqueConstraint("name", "sha256", name="dataset_version_content"),
+)
+
+run_input = Table(
+    "run_input",
+    METADATA,
+    _run_id(),
+    Column("dataset", Text, primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    ForeignKeyConstraint(["dataset", "version"], [dataset_version.c.name, dataset_version.c.version]),
+)

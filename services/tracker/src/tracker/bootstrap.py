@@ -1,0 +1,85 @@
+"""Puts the tracker together: the only file that names its ports and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from artifacts import S3Location
+from artifacts.s3 import S3Store
+from contracts.tracker.v1 import service_pb2_grpc
+from eventing import schema as eventing_schema
+from eventing.kafka import KafkaBroker
+from eventing.outbox import Outbox
+from eventing.relay import Relay
+from servicekit import db
+from servicekit.clock import SystemClock, SystemIds
+from servicekit.lifecycle import Component
+from servicekit.rpc import Server
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tracker.adapters.store import SqlStore
+from tracker.adapters.tables import SCHEMA
+from tracker.deliverables import Deliverables
+from tracker.entrypoints.grpc import ACCESS, SERVICE, TrackerServicer
+from tracker.entrypoints.leases import LeaseWatch
+from tracker.entrypoints.translate import EventEncoder
+from tracker.handlers import Tracker
+from tracker.settings import TrackerSettings
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+
+
+class _Resources:
+    """What is let go when everything that uses it has stopped."""
+
+    name = "resources"
+
+    def __init__(self, engine: AsyncEngine, broker: KafkaBroker, deliverables: Deliverables) -> None:
+        self._engine = engine
+        self._broker = broker
+        self._deliverables = deliverables
+
+    async def start(self) -> None:
+        """Nothing to do: connections are made at first use."""
+
+    async def stop(self) -> None:
+        await self._deliverables.close()
+        await self._broker.close()
+        await self._engine.dispose()
+
+
+def build(settings: TrackerSettings) -> Sequence[Component]:
+    """The tracker's components in the order in which they start."""
+    clock, ids = SystemClock(), SystemIds()
+    engine = db.create_engine(settings.database_url)
+    broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
+    outbox = Outbox(eventing_schema.tables(SCHEMA))
+    store = SqlStore(engine, outbox, EventEncoder(clock, ids))
+    objects = S3Store(
+        S3Location(
+            endpoint=settings.s3_endpoint,
+            access_key=settings.s3_access_key,
+            secret_key=settings.s3_secret_key.get_secret_value(),
+            bucket=settings.s3_bucket,
+            secure=settings.s3_secure,
+            public_endpoint=settings.s3_public_endpoint or None,
+        )
+    )
+    tracker = Tracker(
+        store,
+        clock,
+        ids,
+        token_secret=settings.run_token_secret.get_secret_value(),
+        token_ttl=timedelta(seconds=settings.run_token_ttl_s),
+    )
+    deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s)
+    server = Server(settings.grpc_address, settings, ACCESS)
+    server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(tracker, deliverables), SERVICE)
+    return [
+        _Resources(engine, broker, deliverables),
+        Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
+        LeaseWatch(tracker, settings.lease_check_s),
+        server,
+    ]
