@@ -119,7 +119,7 @@ async def run(name: str, settings: ServiceSettings, components: Sequence[Compone
                 if wait is not None:
                     watchers[asyncio.create_task(wait(), name=f"wait for {component_name}")] = component_name
             readiness.phase = None
-            _announce(name, [component for _, component in running], announce)
+            _announce([component for _, component in running], announce)
             failed = await _until(stopping, watchers)
     except Exception:
         _log.exception("%s could not start: %s failed", name, running[-1][0] if running else "")
@@ -201,13 +201,13 @@ def _on_signals(stopping: asyncio.Event) -> None:
         loop.add_signal_handler(number, stop, number)
 
 
-def _announce(name: str, running: Sequence[Component], announce: Path | None) -> None:
+def _announce(running: Sequence[Component], announce: Path | None) -> None:
     ports: dict[str, int] = {}
     for component in running:
         listening = getattr(component, "listening", None)
         if listening is not None:
             ports.update(listening())
-    _log.info("listening", extra={**ports, "process": name, "pid": os.getpid()})
+    _log.info("listening", extra={**ports, "pid": os.getpid()})
     target = announce or (Path(os.environ[ANNOUNCE_VARIABLE]) if os.environ.get(ANNOUNCE_VARIABLE) else None)
     if target is not None:
         # Renamed into place, so that nobody reads half of it.

@@ -81,6 +81,7 @@ class Server:
         self._services: list[str] = []
         self._health = health.aio.HealthServicer()
         self._port: int | None = None
+        self._stopped = asyncio.Event()
         guard = _Guard(self._methods, parse_token_hashes(settings.service_token_hashes))
         self._server = grpc.aio.server(
             interceptors=[guard],
@@ -121,10 +122,12 @@ class Server:
         """Says not serving, takes no new calls, lets those in flight end within `grace` seconds (default: most of the shutdown grace)."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._grace_s if grace is None else grace)
+        self._stopped.set()
 
     async def wait(self) -> None:
         """Returns when the server has stopped."""
-        await self._server.wait_for_termination()
+        # Not gRPC's own wait_for_termination: cancelling that makes a later stop hang.
+        await self._stopped.wait()
 
     def listening(self) -> Mapping[str, int]:
         """{"grpc": port} once started."""
