@@ -1,0 +1,1 @@
+"""The deployer's ways to its database and to the runtimes."""
