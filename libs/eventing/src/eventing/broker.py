@@ -110,6 +110,10 @@ class Reader(Protocol):
         no longer assigned is passed over."""
         ...
 
+    async def position(self, partition: Partition) -> int:
+        """The offset that the next poll reads from, in a partition that was positioned by `seek`."""
+        ...
+
     def pause(self, partition: Partition) -> None:
         """No records of this partition until the next `seek`."""
         ...

@@ -155,7 +155,6 @@ class _KafkaProducer:
         return outcomes
 
     async def _send(self, records: Sequence[Record], outcomes: list[BaseException | None]) -> None:
-        assert self._producer is not None, "start was not called"
         queues: dict[Partition, list[int]] = defaultdict(list)
         counts: dict[str, int | BaseException] = {}
         for index, record in enumerate(records):
@@ -169,9 +168,8 @@ class _KafkaProducer:
         await asyncio.gather(*(self._send_partition(partition, queue, records, outcomes) for partition, queue in queues.items()))
 
     async def _partition_count(self, topic: str) -> int | BaseException:
-        assert self._producer is not None
         try:
-            return len(await self._producer.partitions_for(topic))
+            return len(await self._started().partitions_for(topic))
         except kafka_errors.KafkaError as exc:
             return Unavailable(f"topic {topic} cannot be written: {exc!r}")
 
@@ -179,21 +177,26 @@ class _KafkaProducer:
         self, partition: Partition, queue: list[int], records: Sequence[Record], outcomes: list[BaseException | None]
     ) -> None:
         """Sends one partition's records as few batches, one at a time: the next only when the last is acknowledged."""
-        assert self._producer is not None
+        producer = self._started()
         done = 0
         try:
             while done < len(queue):
-                batch = self._producer.create_batch()
+                batch = producer.create_batch()
                 end = done
                 while end < len(queue) and _append(batch, records[queue[end]]):
                     end += 1
                 batch.close()
-                acknowledged = await self._producer.send_batch(batch, partition.topic, partition=partition.number)
+                acknowledged = await producer.send_batch(batch, partition.topic, partition=partition.number)
                 await acknowledged
                 done = end
         except kafka_errors.KafkaError as exc:
             for index in queue[done:]:
                 outcomes[index] = Unavailable(f"{partition} was not written: {exc!r}")
+
+    def _started(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            raise RuntimeError("the producer is not started, or stopped")
+        return self._producer
 
     async def stop(self, timeout_s: float = 5.0) -> None:
         producer, self._producer = self._producer, None
@@ -220,12 +223,11 @@ class _KafkaReader:
         self._consumer: AIOKafkaConsumer | None = None
         self._fetching: asyncio.Task[Any] | None = None
         self._assigned: frozenset[Partition] = frozenset()
-        self._changed: asyncio.Future[None] | None = None
+        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._positioned: set[Partition] = set()
         self._stale: set[Partition] = set()
 
     async def start(self) -> None:
-        self._changed = asyncio.get_running_loop().create_future()
         self._consumer = AIOKafkaConsumer(
             **self._options,
             enable_auto_commit=False,
@@ -253,18 +255,17 @@ class _KafkaReader:
         """A new assignment: nothing of it passes until it is positioned."""
         self._assigned = assigned
         self._positioned.clear()
-        if self._changed is not None and not self._changed.done():
+        if not self._changed.done():
             self._changed.set_result(None)
 
     def revoke(self) -> None:
         self._positioned.clear()
 
     async def poll(self, max_records: int, timeout_s: float) -> Polled:
-        assert self._consumer is not None, "start was not called"
-        assert self._changed is not None
+        consumer = self._started()
         if self._fetching is None and not self._changed.done():
             self._stale.clear()
-            self._fetching = asyncio.create_task(self._consumer.getmany(timeout_ms=int(timeout_s * 1000), max_records=max_records))
+            self._fetching = asyncio.create_task(consumer.getmany(timeout_ms=int(timeout_s * 1000), max_records=max_records))
         waiting: set[asyncio.Future[Any]] = {self._changed}
         if self._fetching is not None:
             waiting.add(self._fetching)
@@ -303,24 +304,30 @@ class _KafkaReader:
                 ]
         return records
 
+    async def position(self, partition: Partition) -> int:
+        return int(await self._started().position(TopicPartition(*partition)))
+
     def seek(self, partition: Partition, offset: int) -> None:
-        assert self._consumer is not None
         if partition not in self._assigned:
             return
         tp = TopicPartition(*partition)
         with contextlib.suppress(kafka_errors.IllegalStateError):  # revoked a moment ago
-            self._consumer.seek(tp, offset)
-            self._consumer.resume(tp)
+            self._started().seek(tp, offset)
+            self._started().resume(tp)
             if self._fetching is not None and self._fetching.done():
                 self._stale.add(partition)  # what it holds was read from the old position
             self._positioned.add(partition)
 
     def pause(self, partition: Partition) -> None:
-        assert self._consumer is not None
         if partition in self._positioned:
             self._positioned.discard(partition)
             with contextlib.suppress(kafka_errors.IllegalStateError):
-                self._consumer.pause(TopicPartition(*partition))
+                self._started().pause(TopicPartition(*partition))
+
+    def _started(self) -> AIOKafkaConsumer:
+        if self._consumer is None:
+            raise RuntimeError("the reader is not started, or stopped")
+        return self._consumer
 
     async def stop(self, timeout_s: float = 5.0) -> None:
         consumer, self._consumer = self._consumer, None

@@ -4,17 +4,20 @@ Take the key's next sequence from the aggregate's row while that row is locked, 
 order of the rows is the order of the key.
 """
 
+# ruff: noqa: S608 - the one thing put into statements is the schema's name, which `schema.tables` has checked
+
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from servicekit.errors import Invalid, TooLarge
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from eventing import topics, tracing
 from eventing.envelope import Event
-from eventing.schema import Tables
+from eventing.schema import Tables, tables
 
 _COLUMNS = "shard, topic, key, sequence, event_id, type, subject, traceparent, must_understand, time, payload"
 
@@ -86,3 +89,14 @@ class Outbox:
             event.time,
             event.payload,
         )
+
+
+async def republish_since(engine: AsyncEngine, schema: str, since: datetime, topic: str | None = None) -> int:
+    """Has the relay publish again what was written at `since` or later (of one topic, if given), with the same ids and sequences.
+
+    Returns how many events. Reaches back as far as sent rows are kept. Consumers drop what they have applied, so it may be repeated.
+    """
+    where = "created_at >= $1 AND sent_at IS NOT NULL AND ($2::text IS NULL OR topic = $2)"
+    async with engine.begin() as conn:
+        result = await conn.exec_driver_sql(f"UPDATE {tables(schema).schema}.outbox SET sent_at = NULL WHERE {where}", (since, topic))
+    return result.rowcount

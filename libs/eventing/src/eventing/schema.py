@@ -39,9 +39,7 @@ class Tables(NamedTuple):
 
     @property
     def schema(self) -> str:
-        name = self.outbox.schema
-        assert name is not None
-        return name
+        return str(self.outbox.schema)
 
 
 @lru_cache

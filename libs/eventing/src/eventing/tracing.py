@@ -71,7 +71,11 @@ class Tracing:
     def sending(self, topics: Sequence[str], keys: Sequence[str], ids: Sequence[str], traceparents: Sequence[str]) -> list[str]:
         """Makes the producer spans of a batch about to be sent, and returns the traceparents to send."""
         if self._rate.add(len(topics)):
-            attributes = {"messaging.system": "kafka", "messaging.operation.type": "send", "messaging.batch.message_count": len(topics)}
+            attributes: dict[str, str | int] = {
+                "messaging.system": "kafka",
+                "messaging.operation.type": "send",
+                "messaging.batch.message_count": len(topics),
+            }
             self._tracer.start_span("send batch", kind=SpanKind.PRODUCER, links=_links(traceparents), attributes=attributes).end()
             return list(traceparents)
         sent = []
@@ -109,7 +113,7 @@ class BatchTracing:
         if self._per_event:
             yield
             return
-        attributes = {
+        attributes: dict[str, str | int] = {
             "messaging.system": "kafka",
             "messaging.operation.type": "process",
             "messaging.consumer.group.name": consumer,
