@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from headrace.cli import data, deadletters, deliveries, keys, models, predict, rollouts, stack, traces, training
@@ -33,10 +32,11 @@ def main() -> None:
     except HeadraceError as error:
         fail(error, as_json="--json" in sys.argv)
         code = error.exit_code
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:  # the words on the command line
+        show = getattr(error, "show", None)
+        show() if show is not None else print(error, file=sys.stderr)
         code = 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code or 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json as jsonlib
 import subprocess
@@ -138,9 +139,7 @@ def upload_source(client: Client, folder: Path) -> Json:
 def _pack(folder: Path, archive: Path) -> None:
     """The same files give the same bytes, so that what is stored already is not sent again."""
     with archive.open("wb") as raw:
-        import gzip
-
-        with gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
             for path in sorted(folder.rglob("*")):
                 relative = path.relative_to(folder)
                 if any(part in _SKIPPED for part in relative.parts) or path.is_symlink() or not path.is_file():

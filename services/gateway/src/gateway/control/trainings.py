@@ -8,11 +8,15 @@ from contracts.trainer.v1 import service_pb2 as pb
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
+from servicekit.errors import DeadlineExceeded
 
 from gateway.control.routing import PeersOf, answers
 from gateway.control.wire import Json, to_json
 
 router = APIRouter(tags=["trainings"])
+
+_STREAM_S = 1800.0
+"""Seconds after which a log stream is asked for again, below the longest that servers allow."""
 
 
 class SourceIn(BaseModel):
@@ -91,11 +95,18 @@ async def cancel(training_id: str, peers: PeersOf) -> Json:
 async def log(training_id: str, peers: PeersOf, offset: int = 0, follow: bool = False) -> StreamingResponse:
     """The log as plain text; with follow it goes on until the training ends."""
     await peers.trainer.GetTraining(pb.GetTrainingRequest(training_id=training_id))  # an unknown one is a 404, not an empty log
-    # No deadline of ten seconds: the stream lives as long as the training may.
-    stream = peers.trainer.StreamLog(pb.StreamLogRequest(training_id=training_id, offset=offset, follow=follow), timeout=24 * 3600.0)
 
     async def chunks() -> AsyncIterator[bytes]:
-        async for part in stream:
-            yield part.data
+        at = offset
+        while True:
+            try:
+                async for part in peers.trainer.StreamLog(
+                    pb.StreamLogRequest(training_id=training_id, offset=at, follow=follow), timeout=_STREAM_S
+                ):
+                    at = part.offset + len(part.data)
+                    yield part.data
+                return
+            except DeadlineExceeded:  # a stream has a longest time, a training may take longer: go on where it ended
+                continue
 
     return StreamingResponse(chunks(), media_type="text/plain; charset=utf-8")

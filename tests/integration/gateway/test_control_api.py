@@ -1,0 +1,270 @@
+"""/api/v1 over real gRPC to small fake services: who gets in, how errors are told, and what a journey looks like."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from contracts.deployer.v1 import service_pb2 as deployer_pb
+from contracts.deployer.v1 import service_pb2_grpc as deployer_grpc
+from contracts.evaluator.v1 import service_pb2 as evaluator_pb
+from contracts.evaluator.v1 import service_pb2_grpc as evaluator_grpc
+from contracts.eventing.v1 import service_pb2 as eventing_pb
+from contracts.eventing.v1 import service_pb2_grpc as eventing_grpc
+from contracts.registry.v1 import service_pb2 as registry_pb
+from contracts.registry.v1 import service_pb2_grpc as registry_grpc
+from contracts.tracker.v1 import service_pb2 as tracker_pb
+from contracts.tracker.v1 import service_pb2_grpc as tracker_grpc
+from contracts.trainer.v1 import service_pb2 as trainer_pb
+from contracts.trainer.v1 import service_pb2_grpc as trainer_grpc
+from gateway.control.app import create_app
+from gateway.control.peers import connect
+from servicekit import rpc
+from servicekit.access import Caller, Rule, current_caller, new_service_token
+from servicekit.errors import AlreadyExists, NotFound, Unauthenticated, Unavailable
+from servicekit.settings import ServiceSettings
+
+TOKEN, TOKEN_HASH = new_service_token("gateway")
+ALICE = Caller(service="gateway", subject="alice", roles=frozenset({"editor"}))
+
+
+class Tracker(tracker_grpc.TrackerServiceServicer):
+    """Knows one experiment, once it has been made, and remembers who asked."""
+
+    def __init__(self) -> None:
+        self.callers: list[Caller] = []
+        self.experiments: dict[str, int] = {}
+        self.races = 0
+
+    async def GetExperiment(self, request: tracker_pb.GetExperimentRequest, context: object) -> tracker_pb.GetExperimentResponse:  # type: ignore[override]
+        if request.name not in self.experiments:
+            raise NotFound(f"there is no experiment {request.name}")
+        return tracker_pb.GetExperimentResponse(experiment=tracker_pb.Experiment(id=self.experiments[request.name], name=request.name))
+
+    async def CreateExperiment(self, request: tracker_pb.CreateExperimentRequest, context: object) -> tracker_pb.CreateExperimentResponse:  # type: ignore[override]
+        self.experiments[request.name] = 7
+        if self.races:
+            self.races -= 1
+            raise AlreadyExists("somebody else was faster")
+        return tracker_pb.CreateExperimentResponse(experiment=tracker_pb.Experiment(id=7, name=request.name))
+
+    async def CreateRun(self, request: tracker_pb.CreateRunRequest, context: object) -> tracker_pb.CreateRunResponse:  # type: ignore[override]
+        self.callers.append(current_caller())
+        return tracker_pb.CreateRunResponse(run=tracker_pb.Run(run_id="a" * 32, experiment_id=request.experiment_id, user=request.user))
+
+    async def GetRun(self, request: tracker_pb.GetRunRequest, context: object) -> tracker_pb.GetRunResponse:  # type: ignore[override]
+        if request.run_id == "down":
+            raise Unavailable("PostgreSQL does not answer")
+        if request.run_id == "bug":
+            raise ZeroDivisionError("a secret of the inside")
+        return tracker_pb.GetRunResponse(run=tracker_pb.Run(run_id=request.run_id, status="RUNNING"))
+
+
+class Trainer(trainer_grpc.TrainerServiceServicer):
+    async def GetTraining(self, request: trainer_pb.GetTrainingRequest, context: object) -> trainer_pb.GetTrainingResponse:  # type: ignore[override]
+        if request.training_id != "t1":
+            raise NotFound(f"there is no training {request.training_id}")
+        return trainer_pb.GetTrainingResponse(training=trainer_pb.Training(training_id="t1"))
+
+    async def StreamLog(self, request: trainer_pb.StreamLogRequest, context: object) -> AsyncIterator[trainer_pb.StreamLogResponse]:  # type: ignore[override]
+        for offset, data in ((0, b"first\n"), (6, b"second\n")):
+            if offset >= request.offset:
+                yield trainer_pb.StreamLogResponse(offset=offset, data=data)
+
+
+class Evaluator(evaluator_grpc.EvaluatorServiceServicer):
+    def __init__(self) -> None:
+        self.evaluations: list[evaluator_pb.Evaluation] = []
+
+    async def ListEvaluations(self, request: evaluator_pb.ListEvaluationsRequest, context: object) -> evaluator_pb.ListEvaluationsResponse:  # type: ignore[override]
+        wanted = [e for e in self.evaluations if not request.run_id or e.judgement.journey.run_id == request.run_id]
+        return evaluator_pb.ListEvaluationsResponse(evaluations=wanted)
+
+
+class Registry(registry_grpc.RegistryServiceServicer):
+    def __init__(self) -> None:
+        self.versions: list[registry_pb.ModelVersion] = []
+        self.approvals: list[registry_pb.Approval] = []
+
+    async def GetDelivery(self, request: registry_pb.GetDeliveryRequest, context: object) -> registry_pb.GetDeliveryResponse:  # type: ignore[override]
+        return registry_pb.GetDeliveryResponse(delivery=registry_pb.Delivery(name=request.name, model="m", endpoint="e"))
+
+    async def ListVersions(self, request: registry_pb.ListVersionsRequest, context: object) -> registry_pb.ListVersionsResponse:  # type: ignore[override]
+        if not self.versions:
+            raise NotFound("there is no model m")
+        return registry_pb.ListVersionsResponse(versions=self.versions)
+
+    async def ListApprovals(self, request: registry_pb.ListApprovalsRequest, context: object) -> registry_pb.ListApprovalsResponse:  # type: ignore[override]
+        return registry_pb.ListApprovalsResponse(approvals=self.approvals)
+
+
+class Deployer(deployer_grpc.DeployerServiceServicer):
+    def __init__(self) -> None:
+        self.rollouts: list[deployer_pb.Rollout] = []
+
+    async def ListRollouts(self, request: deployer_pb.ListRolloutsRequest, context: object) -> deployer_pb.ListRolloutsResponse:  # type: ignore[override]
+        return deployer_pb.ListRolloutsResponse(rollouts=self.rollouts)
+
+
+class DeadLetters(eventing_grpc.DeadLetterServiceServicer):
+    async def ListDeadLetters(self, request: eventing_pb.ListDeadLettersRequest, context: object) -> eventing_pb.ListDeadLettersResponse:  # type: ignore[override]
+        return eventing_pb.ListDeadLettersResponse(
+            dead_letters=[eventing_pb.DeadLetter(consumer="c", key="k", sequence=3, reason="broken")]
+        )
+
+
+class Services:
+    """The fakes behind one API."""
+
+    def __init__(self) -> None:
+        self.tracker, self.trainer, self.evaluator = Tracker(), Trainer(), Evaluator()
+        self.registry, self.deployer = Registry(), Deployer()
+
+
+def authenticate(token: str) -> Caller:
+    if token != "hr_alice":
+        raise Unauthenticated("this API key is not known")
+    return ALICE
+
+
+@asynccontextmanager
+async def serving(adders: Mapping[str, tuple[Any, object]]) -> AsyncIterator[str]:
+    settings = ServiceSettings(service_token_hashes=f"gateway={TOKEN_HASH}")
+    methods = {
+        f"/{name}/{method.name}": Rule(services={"gateway"})
+        for name in adders
+        for method in rpc._descriptors().FindServiceByName(name).methods
+    }
+    server = rpc.Server("127.0.0.1:0", settings, methods)
+    for name, (adder, servicer) in adders.items():
+        server.add(adder, servicer, name)
+    port = await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+@pytest.fixture
+async def services() -> Services:
+    return Services()
+
+
+@pytest.fixture
+async def api(services: Services) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the API; the deployer's dead letters are out of reach."""
+    letters = (eventing_grpc.add_DeadLetterServiceServicer_to_server, DeadLetters())
+    adders: dict[str, tuple[Any, object]] = {
+        "headrace.tracker.v1.TrackerService": (tracker_grpc.add_TrackerServiceServicer_to_server, services.tracker),
+        "headrace.trainer.v1.TrainerService": (trainer_grpc.add_TrainerServiceServicer_to_server, services.trainer),
+        "headrace.evaluator.v1.EvaluatorService": (evaluator_grpc.add_EvaluatorServiceServicer_to_server, services.evaluator),
+        "headrace.registry.v1.RegistryService": (registry_grpc.add_RegistryServiceServicer_to_server, services.registry),
+        "headrace.deployer.v1.DeployerService": (deployer_grpc.add_DeployerServiceServicer_to_server, services.deployer),
+        "headrace.eventing.v1.DeadLetterService": letters,
+    }
+    settings = ServiceSettings(service_token=TOKEN)
+    async with serving(adders) as address:
+        channels = {name: rpc.channel(address, settings) for name in ("tracker", "trainer", "evaluator", "registry", "deployer")}
+        peers = connect(channels)
+        nowhere = rpc.channel("127.0.0.1:1", settings, deadline_s=0.5)
+        peers.dead_letters["deployer"] = eventing_grpc.DeadLetterServiceStub(nowhere)  # type: ignore[index]  # a dict behind the Mapping
+        transport = httpx.ASGITransport(create_app(peers, authenticate, None), raise_app_exceptions=False)
+        headers = {"authorization": "Bearer hr_alice"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
+            yield client
+        for channel in (*channels.values(), nowhere):
+            await channel.close()
+
+
+@pytest.mark.parametrize("headers", [{"authorization": ""}, {"authorization": "Bearer hr_mallory"}, {"authorization": "Basic aGk6aG8="}])
+async def test_nobody_gets_in_without_a_valid_key(api: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    answer = await api.get("/api/v1/runs/x", headers=headers)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "UNAUTHENTICATED"
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_path_that_does_not_exist_is_not_told_apart_without_a_key(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/api/v1/nothing", headers={"authorization": ""})).status_code == 401
+    answer = await api.get("/api/v1/nothing")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "NOT_FOUND")
+
+
+async def test_a_call_is_made_on_behalf_of_the_caller(api: httpx.AsyncClient, services: Services) -> None:
+    answer = await api.post("/api/v1/runs", json={"experiment": "new"})
+    assert answer.status_code == 200
+    assert answer.json()["run"] | {"experiment_id": 7, "user": "alice"} == answer.json()["run"]
+    assert services.tracker.callers == [ALICE]
+
+
+async def test_an_experiment_that_two_make_at_once_is_made_once(api: httpx.AsyncClient, services: Services) -> None:
+    services.tracker.races = 1
+    assert (await api.post("/api/v1/runs", json={"experiment": "raced"})).json()["run"]["experiment_id"] == 7
+
+
+@pytest.mark.parametrize(("run_id", "status", "code"), [("down", 503, "UNAVAILABLE"), ("bug", 500, "INTERNAL")])
+async def test_errors_of_services_keep_their_kind(api: httpx.AsyncClient, run_id: str, status: int, code: str) -> None:
+    answer = await api.get(f"/api/v1/runs/{run_id}")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert "secret of the inside" not in answer.text
+
+
+async def test_a_wrong_body_names_the_field(api: httpx.AsyncClient) -> None:
+    answer = await api.post("/api/v1/runs", json={"lease_seconds": -1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["violations"][0]["field"] == "lease_seconds"
+
+
+async def test_a_log_is_streamed_and_an_unknown_one_is_not_found(api: httpx.AsyncClient) -> None:
+    assert (await api.get("/api/v1/trainings/t1/log")).text == "first\nsecond\n"
+    assert (await api.get("/api/v1/trainings/t1/log", params={"offset": 6})).text == "second\n"
+    assert (await api.get("/api/v1/trainings/t2/log")).status_code == 404
+
+
+async def test_a_service_that_is_down_hides_no_dead_letters_of_others(api: httpx.AsyncClient) -> None:
+    told = (await api.get("/api/v1/dead-letters")).json()
+    assert {letter["service"] for letter in told["dead_letters"]} == {"evaluator", "registry"}
+    assert told["unreachable"] == ["deployer"]
+    assert (await api.post("/api/v1/dead-letters/tracker/replay", json={"consumer": "c", "topic": "t", "key": "k"})).status_code == 404
+
+
+async def test_a_journey_is_told_by_whoever_knows_it_best(api: httpx.AsyncClient, services: Services) -> None:
+    run = "b" * 32
+
+    async def state() -> str:
+        return str((await api.get("/api/v1/deliveries/d/journeys", params={"run_id": run})).json()["journeys"][0]["state"])
+
+    assert await state() == "training"
+    evaluation = evaluator_pb.Evaluation(evaluation_id="e1", status="pending")
+    evaluation.judgement.journey.run_id = run
+    services.evaluator.evaluations.append(evaluation)
+    assert await state() == "evaluating"
+    evaluation.status = "failed"
+    assert await state() == "failed"
+    evaluation.status = "passed"
+    assert await state() == "registering"
+    version = registry_pb.ModelVersion(stage="Staging")
+    version.ref.version = 3
+    version.journey.run_id = run
+    services.registry.versions.append(version)
+    assert await state() == "promoted"
+    approval = registry_pb.Approval(approval_id="a1", status="pending", needed=2)
+    approval.version.version = 3
+    services.registry.approvals.append(approval)
+    assert await state() == "awaiting_approval"
+    approval.status = "approved"
+    assert await state() == "promoted"
+    rollout = deployer_pb.Rollout(state="stepping", weight_bps=500)
+    rollout.ref.version.version = 3
+    services.deployer.rollouts.append(rollout)
+    assert await state() == "stepping"
+    assert (await api.get("/api/v1/deliveries/d/journeys")).json()["journeys"][0]["detail"] == "5 % of the traffic"
+
+
+async def test_the_api_describes_itself_to_anybody(api: httpx.AsyncClient) -> None:
+    described = (await api.get("/api/v1/openapi.json", headers={"authorization": ""})).json()
+    answer = described["paths"]["/api/v1/rollouts/{rollout_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert "rollout" in answer["properties"]

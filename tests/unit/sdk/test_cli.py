@@ -1,0 +1,96 @@
+"""The command line: help for everything, errors in a sentence with an exit code, JSON where asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from headrace.cli import training
+from headrace.cli.app import app, main
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    for name, command in group.commands.items():
+        here = (*path, name)
+        found += commands(command, here) if hasattr(command, "commands") else [(here, command)]
+    return found
+
+
+ALL = commands(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize(("path", "command"), ALL, ids=[" ".join(path) for path, _ in ALL])
+def test_every_command_explains_itself_and_can_print_json(path: tuple[str, ...], command: Any) -> None:
+    assert command.help
+    if path != ("logs",):  # lines of text by nature
+        assert any("--json" in parameter.opts for parameter in command.params)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["headrace", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No gateway is configured."""
+    for name in ("HEADRACE_URL", "HEADRACE_API_KEY", "HEADRACE_TOKEN", "HEADRACE_STATE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_gateway_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "models") == 2
+    assert "headrace up" in capsys.readouterr().err
+
+
+def test_an_error_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "models", "--json") == 2
+    assert "no gateway" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_a_server_that_does_not_answer_is_exit_code_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HEADRACE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("HEADRACE_API_KEY", "k")
+    monkeypatch.setattr("headrace.http.time.sleep", lambda _: None)
+    assert run(monkeypatch, "models") == 3
+    assert "does not answer" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "modles") == 2
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("kind: Delivery", "metadata.name")])
+def test_run_with_a_broken_delivery_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "delivery.yaml"
+    file.write_text(text)
+    assert run(monkeypatch, "run", "-f", str(file)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_source_folder_is_packed_the_same_each_time_without_what_does_not_belong(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "train.py").write_text("print(1)")
+    (source / "sub" / "data.txt").write_text("x")
+    (source / ".git").mkdir()
+    (source / ".git" / "config").write_text("secret")
+    (source / "link").symlink_to("/etc/passwd")
+    first, second = tmp_path / "1.tar.gz", tmp_path / "2.tar.gz"
+    training._pack(source, first)
+    (source / "train.py").touch()
+    training._pack(source, second)
+    assert first.read_bytes() == second.read_bytes()
+    with tarfile.open(first) as tar:
+        assert tar.getnames() == ["sub/data.txt", "train.py"]
