@@ -33,6 +33,14 @@ def binary() -> Path:
     return Path(found)
 
 
+def sweep(port: int) -> None:
+    """Removes the sockets in /tmp of a server that had this port and has ended, however it ended."""
+    ports = {str(port + offset + twin) for offset in range(PORTS) for twin in (0, 10_000)}
+    for socket in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108 - the server's own choice
+        if socket.stem.rsplit("-", 1)[-1] in ports:
+            socket.unlink(missing_ok=True)
+
+
 class Seaweed:
     """One SeaweedFS with its data in `directory`. Methods block and are safe to repeat."""
 
@@ -80,10 +88,7 @@ class Seaweed:
         """Ends the server and removes the sockets that it leaves in /tmp."""
         if self.child is not None:
             self.child.stop(10)
-        ports = {str(self.port + offset + twin) for offset in range(PORTS) for twin in (0, 10_000)}
-        for socket in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108 - the server's own choice
-            if socket.stem.rsplit("-", 1)[-1] in ports:
-                socket.unlink(missing_ok=True)
+        sweep(self.port)
 
     def _sentinel(self) -> str:
         return hashlib.sha256(f"sentinel of {self.access.access_key} {self.access.secret_key}".encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from localstack.cache import Progress
@@ -35,10 +36,16 @@ class Server(Protocol):
         """Ends the process and what it left behind, keeping its data."""
 
 
-def wait_ready(server: Server, timeout_s: float = 60) -> None:
-    """Blocks until a started server is ready. Raises NotReady with its last reason, or with the end of its log when it ended."""
+def wait_ready(server: Server, timeout_s: float = 60, given_up: Callable[[], bool] = lambda: False) -> None:
+    """Blocks until a started server is ready. Raises NotReady with its last reason, or with the end of its log when it ended.
+
+    `given_up` is asked between the looks: when it says so, NotReady is raised at once.
+    """
     deadline = time.monotonic() + timeout_s
+    pause_s = 0.03
     while True:
+        if given_up():
+            raise NotReady(f"{server.name} is not waited for any longer")
         child = server.child
         if child is None:
             raise NotReady(f"{server.name} was not started")
@@ -50,7 +57,8 @@ def wait_ready(server: Server, timeout_s: float = 60) -> None:
             raise NotReady(f"{server.name} ended with {code} while it started; its log ends:\n{tail(child.log)}")
         if time.monotonic() > deadline:
             raise NotReady(f"{server.name} was not ready after {timeout_s:.0f} s: {reason}; its log ends:\n{tail(child.log)}")
-        time.sleep(0.03)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.3, 0.25)
 
 
 def run(server: Server, progress: Progress, timeout_s: float = 60) -> None:

@@ -57,8 +57,7 @@ class Triton:
         self._mark = mark
         self._log = log
         self._otlp_endpoint = otlp_endpoint
-        # Shared memory of several Tritons on one machine must not meet, and must be recognised when one was killed.
-        self._shm_prefix = "hr" + hashlib.sha256(str(directory).encode()).hexdigest()[:8] + "_"
+        self._shm_prefix = _shm_prefix(directory)
 
     @property
     def http(self) -> str:
@@ -75,7 +74,7 @@ class Triton:
 
     def start(self) -> None:
         """Starts the server. Returns before it is ready."""
-        self._sweep()
+        sweep(self.directory)
         environment = _environment_folder()
         site = environment / "lib" / _python_version("python") / "site-packages"
         # A space in the path of the repository or of the backends would hang every load for ever: Triton sees links without one.
@@ -142,7 +141,7 @@ class Triton:
             self.child.stop(8)
         for folder in unpacked:
             shutil.rmtree(folder, ignore_errors=True)
-        self._sweep()
+        sweep(self.directory)
 
     def _tracing(self) -> list[str]:
         if not self._otlp_endpoint:
@@ -172,17 +171,23 @@ class Triton:
         lines = (line for line in _command_lines() if f" {self._shm_prefix}" in line)
         return [Path(match[0]) for line in lines if (match := re.search(_UNPACKED, line))]
 
-    def _sweep(self) -> None:
-        """Removes links, shared memory and unpacked models of a Triton of ours that has ended, however it ended."""
-        recorded = self.directory / "links"
-        if recorded.exists():
-            folder = Path(recorded.read_text().strip())
-            if folder.parent == _TMP and folder.name.startswith("hr-triton-"):
-                shutil.rmtree(folder, ignore_errors=True)
-            recorded.unlink()
-        for region in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
-            region.unlink(missing_ok=True)
-        _remove_unpacked_models()
+
+def sweep(directory: Path) -> None:
+    """Removes links, shared memory and unpacked models of the Triton of this folder, which has ended, however it ended."""
+    recorded = directory / "links"
+    if recorded.exists():
+        folder = Path(recorded.read_text().strip())
+        if folder.parent == _TMP and folder.name.startswith("hr-triton-"):
+            shutil.rmtree(folder, ignore_errors=True)
+        recorded.unlink()
+    for region in _SHARED_MEMORY.glob(f"{_shm_prefix(directory)}*"):
+        region.unlink(missing_ok=True)
+    _remove_unpacked_models()
+
+
+def _shm_prefix(directory: Path) -> str:
+    # Shared memory of several Tritons on one machine must not meet, and must be recognised when one was killed.
+    return "hr" + hashlib.sha256(str(directory).encode()).hexdigest()[:8] + "_"
 
 
 def _remove_unpacked_models() -> None:

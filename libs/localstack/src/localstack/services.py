@@ -1,0 +1,166 @@
+"""The six services of the local stack: one table says what each needs, and one function turns that into its environment."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from localstack.cache import Progress
+from localstack.ports import LOOPBACK
+from localstack.process import Child, spawn
+
+
+@dataclass(frozen=True)
+class Service:
+    """What one service is given, beyond what all are given."""
+
+    name: str
+    peers: tuple[str, ...] = ()
+    """Services that it calls: it learns their gRPC addresses."""
+    s3: bool = False
+    triton: bool = False
+    run_tokens: bool = False
+    """Whether it issues or verifies run tokens."""
+    database: bool = True
+
+
+SERVICES = (
+    Service("tracker", s3=True, run_tokens=True),
+    Service("registry", peers=("tracker", "trainer", "evaluator", "deployer"), s3=True),
+    Service("trainer", peers=("tracker", "registry"), s3=True),
+    Service("evaluator", peers=("tracker", "registry"), s3=True),
+    Service("deployer", peers=("registry",), s3=True, triton=True),
+    Service("gateway", peers=("tracker", "registry", "trainer", "evaluator", "deployer"), s3=True, triton=True, run_tokens=True),
+)
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where everything is, and the secrets that open it; what the environments are made from."""
+
+    database: Mapping[str, str]
+    """SQLAlchemy URL by service."""
+    kafka: str
+    s3_endpoint: str
+    s3_access_key: str
+    s3_secret_key: str
+    s3_bucket: str
+    triton_grpc: str
+    triton_http: str
+    triton_secret: str
+    otlp: str
+    traces_secret: str
+    grpc: Mapping[str, str]
+    """gRPC address by service."""
+    http: Mapping[str, str]
+    """Address of /healthz and /readyz by service."""
+    gateway: str
+    tokens: Mapping[str, str]
+    """Service token by service."""
+    run_token_secret: str
+    admin_key: str
+
+
+def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, str]:
+    """The HEADRACE_* settings of one service. Names that it does not know are ignored by it."""
+    hashes = ",".join(f"{name}={_sha256(token)}" for name, token in sorted(at.tokens.items()))
+    settings = {
+        "KAFKA_BOOTSTRAP": at.kafka,
+        "GRPC_ADDRESS": at.grpc[service.name],
+        "HTTP_ADDRESS": at.http[service.name],
+        "OTLP_ENDPOINT": at.otlp,
+        "TRACE_SAMPLE_RATIO": "1.0",
+        "SERVICE_TOKEN": at.tokens[service.name],
+        "SERVICE_TOKEN_HASHES": hashes,
+        "STATE_DIR": str(state_dir),
+        "ANNOUNCE_FILE": str(state_dir / "announce.json"),
+    }
+    if service.database:
+        settings["DATABASE_URL"] = at.database[service.name]
+    settings |= {f"{peer.upper()}_ADDRESS": at.grpc[peer] for peer in service.peers}
+    if service.s3:
+        settings |= {
+            "S3_ENDPOINT": at.s3_endpoint,
+            "S3_ACCESS_KEY": at.s3_access_key,
+            "S3_SECRET_KEY": at.s3_secret_key,
+            "S3_BUCKET": at.s3_bucket,
+        }
+    if service.triton:
+        settings |= {"TRITON_GRPC": at.triton_grpc, "TRITON_HTTP": at.triton_http, "TRITON_SECRET": at.triton_secret}
+    if service.run_tokens:
+        settings["RUN_TOKEN_SECRET"] = at.run_token_secret
+    match service.name:
+        case "registry":
+            settings["BOOTSTRAP_ADMIN_KEY_HASH"] = _sha256(at.admin_key)
+        case "gateway":
+            settings |= {"GATEWAY_ADDRESS": at.gateway, "TRACES_URL": at.otlp, "TRACES_SECRET": at.traces_secret}
+        case "trainer":
+            settings["GATEWAY_URL"] = f"http://{at.gateway}"
+    return {f"HEADRACE_{name}": value for name, value in settings.items()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inherited() -> dict[str, str]:
+    """What our processes inherit from the environment of `headrace up`: all but the settings of services, and with compiled bytecode."""
+    # Without bytecode every start compiles hundreds of modules anew.
+    dropped = {"PYTHONDONTWRITEBYTECODE"}
+    kept = {"HEADRACE_CACHE_DIR"}
+    return {name: value for name, value in os.environ.items() if name in kept or not (name.startswith("HEADRACE_") or name in dropped)}
+
+
+class ServiceProcess:
+    """One service as one of the stack's servers. Methods block and are safe to repeat."""
+
+    def __init__(self, name: str, directory: Path, *, http_address: str, port: int, env: Mapping[str, str], mark: str, log: Path) -> None:
+        """`port`: the one to show in listings (the gateway's public one, else gRPC)."""
+        self.name = name
+        self.directory = directory
+        self.port = port
+        self.child: Child | None = None
+        self._health_port = int(http_address.rsplit(":", 1)[1])
+        self._env = dict(env)
+        self._mark = mark
+        self._log = log
+
+    def prepare(self, progress: Progress) -> None:
+        """Makes the folder."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Starts `python -m NAME`. Returns before it is ready."""
+        (self.directory / "announce.json").unlink(missing_ok=True)
+        env = {**inherited(), **self._env}
+        self.child = spawn(self.name, [sys.executable, "-m", self.name], log=self._log, env=env, mark=self._mark, cwd=self.directory)
+
+    def ready(self) -> str | None:
+        """None when our process has announced itself and /readyz agrees, else the reason."""
+        try:
+            announced = json.loads((self.directory / "announce.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return "it does not listen yet"
+        if self.child is None or announced.get("pid") != self.child.pid:
+            return "another process announced itself"
+        connection = http.client.HTTPConnection(LOOPBACK, self._health_port, timeout=3)
+        try:
+            connection.request("GET", "/readyz")
+            answer = connection.getresponse()
+            body = answer.read(2000).decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            return f"/readyz does not answer: {error}"
+        finally:
+            connection.close()
+        return None if answer.status == 200 else f"/readyz says {answer.status}: {body}"
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL when it has not ended after its grace period."""
+        if self.child is not None:
+            self.child.stop(15)
