@@ -138,15 +138,18 @@ def upload_source(client: Client, folder: Path) -> Json:
 
 def _pack(folder: Path, archive: Path) -> None:
     """The same files give the same bytes, so that what is stored already is not sent again."""
-    with archive.open("wb") as raw:
-        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
-            for path in sorted(folder.rglob("*")):
-                relative = path.relative_to(folder)
-                if any(part in _SKIPPED for part in relative.parts) or path.is_symlink() or not path.is_file():
-                    continue
-                info = tarfile.TarInfo(str(relative))
-                info.size, info.mode = path.stat().st_size, 0o755 if path.stat().st_mode & 0o100 else 0o644
-                tar.addfile(info, io.BytesIO(path.read_bytes()))
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
+        for path in sorted(folder.rglob("*")):
+            relative = path.relative_to(folder)
+            if any(part in _SKIPPED for part in relative.parts) or path.is_symlink() or not path.is_file():
+                continue
+            info = tarfile.TarInfo(str(relative))
+            info.size, info.mode = path.stat().st_size, 0o755 if path.stat().st_mode & 0o100 else 0o644
+            tar.addfile(info, io.BytesIO(path.read_bytes()))
 
 
 def _git(folder: Path) -> Json:
