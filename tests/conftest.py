@@ -95,7 +95,11 @@ def stack_servers(pytestconfig: pytest.Config) -> Iterator[StackServers]:
     from localstack.cache import cache_dir
     from localstack.throwaway import ThrowawayServers
 
-    servers = ThrowawayServers(cache_dir() / "test-servers")
+    choice = str(pytestconfig.getoption("--servers"))
+    how, _, state = choice.partition(":")
+    if how not in ("start", "join") or (how == "join") != bool(state):
+        raise pytest.UsageError(f"--servers={choice}: say start, or join:STATE_DIR")
+    servers = ThrowawayServers(cache_dir() / "test-servers", join=Path(state).resolve() if state else None)
     try:
         yield StackServers(servers)
     finally:

@@ -120,6 +120,8 @@ class Stack:
     parts: tuple[Part, ...]
     postgres: Postgres
     kafka: Kafka
+    seaweed: Seaweed
+    triton: Triton
     addresses: Addresses
     passwords: dict[str, str]
 
@@ -132,14 +134,14 @@ SETUP = "setup"
 """Name of the step between servers and services: roles, schemas, topics."""
 
 
-def make(state: Path, *, with_services: bool = True) -> Stack:
+def make(state: Path, *, with_services: bool = True, running: bool = False) -> Stack:
     """Chooses ports, makes secrets that are missing, and builds the servers; starts nothing. Its caller holds the stack's lock.
 
-    Raises StackError.
+    `running`: describes the stack that runs in this folder instead. Raises StackError.
     """
     paths = Paths(state)
     mark = paths.mark()
-    ports = Ports(state / "ports.json")
+    ports = Ports(state / "ports.json", in_use=running)
     secrets = Secrets(state / "secrets")
     otlp = OtlpReceiver(
         state / "otlp", port=ports.claim("otlp", _OTLP), secret=secrets.get("traces-secret"), mark=mark, log=paths.log("otlp")
@@ -218,7 +220,7 @@ def make(state: Path, *, with_services: bool = True) -> Stack:
                 log=paths.log(service.name),
             )
             parts.append(Part(process_, needs=(SETUP, seaweed.name)))
-    return Stack(paths, mark, tuple(parts), postgres, kafka, addresses, passwords)
+    return Stack(paths, mark, tuple(parts), postgres, kafka, seaweed, triton, addresses, passwords)
 
 
 def _service_token(name: str) -> Callable[[], str]:

@@ -29,31 +29,38 @@ def is_free(port: int) -> bool:
 class Ports:
     """The ports of one stack, kept in a file. Not safe for two processes at once: its owner holds the stack's lock."""
 
-    def __init__(self, file: Path, *, random_only: bool = False) -> None:
-        """`random_only`: ignore the wanted ports, as tests do that must not meet each other."""
+    def __init__(self, file: Path, *, random_only: bool = False, in_use: bool = False) -> None:
+        """`random_only`: ignore the wanted ports, as tests do that must not meet each other.
+
+        `in_use`: the stack runs, and what it remembers is what it uses.
+        """
         self._file = file
         self._random_only = random_only
-        self._taken: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+        self._in_use = in_use
+        # First port and number of ports, by name.
+        self._taken: dict[str, tuple[int, int]] = json.loads(file.read_text()) if file.exists() else {}
 
     def claim(self, name: str, wanted: int, width: int = 1, usable: Callable[[int], bool] = is_free) -> int:
         """The first of `width` consecutive ports for the server `name`: the remembered, the wanted, or another; the choice is remembered.
 
         Raises StackError when no port is free.
         """
-        candidates = [port for port in (self._taken.get(name), None if self._random_only else wanted) if port]
+        if self._in_use and name in self._taken:
+            return self._taken[name][0]
+        candidates = [port for port in (self.get(name), None if self._random_only else wanted) if port]
         candidates += [random.randrange(_LOWEST, _HIGHEST - width) for _ in range(400)]  # noqa: S311 - no secret
         for port in candidates:
             span = range(port, port + width)
-            others = {taken for other, taken in self._taken.items() if other != name}
-            if not others.intersection(span) and all(usable(each) for each in span):
-                self._taken[name] = port
+            others = (range(first, first + count) for other, (first, count) in self._taken.items() if other != name)
+            if not any(port < other.stop and other.start < span.stop for other in others) and all(usable(each) for each in span):
+                self._taken[name] = (port, width)
                 self._save()
                 return port
         raise StackError(f"no free port between {_LOWEST} and {_HIGHEST} for {name}: stop what listens there")
 
     def get(self, name: str) -> int | None:
         """The port remembered for `name`, taken or not."""
-        return self._taken.get(name)
+        return self._taken[name][0] if name in self._taken else None
 
     def forget(self, name: str) -> None:
         """The next claim chooses anew."""

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from localstack import process, server
+from localstack import layout, process, server
 from localstack.cache import Progress, Silent
-from localstack.errors import NotReady
+from localstack.errors import NotReady, StackError
 from localstack.kafka import Kafka
 from localstack.minio import Minio
 from localstack.ports import Ports
@@ -29,7 +29,8 @@ S = TypeVar("S", bound=Server)
 class ThrowawayServers:
     """The servers of one test run under `parent/run-<pid>-<start time>/`. Properties block while they start a server. Not thread-safe."""
 
-    def __init__(self, parent: Path, progress: Progress | None = None) -> None:
+    def __init__(self, parent: Path, progress: Progress | None = None, *, join: Path | None = None) -> None:
+        """`join`: the folder of a running stack, whose servers are the shared ones instead; servers of a test's own are started still."""
         self.progress: Progress = progress or Silent()
         me = process.identify(os.getpid())
         if me is None:
@@ -45,6 +46,8 @@ class ThrowawayServers:
         self._seaweed: Seaweed | None = None
         self._triton: Triton | None = None
         self._minio: Minio | None = None
+        if join is not None:
+            self._join(join)
 
     @property
     def postgres(self) -> Postgres:
@@ -165,6 +168,12 @@ class ThrowawayServers:
             )
 
         return self._start(name, make)
+
+    def _join(self, state: Path) -> None:
+        if layout.Paths(state).supervisor() is None:
+            raise StackError(f"no stack runs in {state}: start one with `headrace up`")
+        stack = layout.make(state, running=True)
+        self._postgres, self._kafka, self._seaweed, self._triton = stack.postgres, stack.kafka, stack.seaweed, stack.triton
 
     def release(self, one: Server) -> None:
         """Stops a server and forgets it."""
