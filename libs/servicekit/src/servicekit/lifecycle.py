@@ -36,8 +36,8 @@ class Component(Protocol):
     work has failed), `listening() -> Mapping[str, int]` (ports by name) and `name: str`; those it has are used.
     """
 
-    async def start(self) -> None:
-        """Begins the work and returns; raises when it cannot."""
+    async def start(self) -> object:
+        """Begins the work and returns (a server its port; not used here); raises when it cannot."""
         ...
 
     async def stop(self) -> None:

@@ -1,0 +1,11 @@
+"""`python -m registry`: runs the registry; `migrate` brings its schema up to date, `settings` documents its variables."""
+
+from __future__ import annotations
+
+from servicekit.main import main
+
+from registry.bootstrap import MIGRATIONS, build
+from registry.settings import Settings
+
+if __name__ == "__main__":
+    main(Settings, build, MIGRATIONS)

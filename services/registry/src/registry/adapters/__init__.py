@@ -1,0 +1,1 @@
+"""The registry's adapters: PostgreSQL, the services that validate sections, webhooks."""

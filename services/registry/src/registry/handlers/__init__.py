@@ -1,0 +1,1 @@
+"""The registry's use cases, by subject. They know neither SQL nor protobuf nor Kafka."""

@@ -1,0 +1,197 @@
+"""What the registry's use cases need of the outside, as Protocols: a store with transactions, and the services that validate sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+from uuid import UUID
+
+from registry.domain.access import ApiKey
+from registry.domain.approvals import Approval
+from registry.domain.audit import Audit
+from registry.domain.deliveries import Claim, Revision
+from registry.domain.events import DomainEvent
+from registry.domain.models import Model
+from registry.domain.versions import Journey, Version
+
+Lock = Literal["", "share", "update"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """A model in a list."""
+
+    model_id: UUID
+    name: str
+    latest: int
+    champion: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class VersionView:
+    """A version with what is said of it elsewhere."""
+
+    model_id: UUID
+    model: str
+    version: Version
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """A stored row of the audit log."""
+
+    id: int
+    entry: Audit
+
+
+class DeliveryRepository(Protocol):
+    """Deliveries and their revisions."""
+
+    async def exclusively(self) -> None:
+        """Keeps every other change of deliveries waiting until this transaction ends."""
+        ...
+
+    async def current(self, name: str, lock: Lock = "") -> Revision | None:
+        """The newest revision, also when it is a deletion; None when the name was never used."""
+        ...
+
+    async def revision(self, name: str, number: int) -> Revision | None: ...
+
+    async def standing(self) -> Sequence[Revision]:
+        """The newest revision of every delivery that is not deleted, by name."""
+        ...
+
+    async def last_of_model(self, model: str) -> Revision | None:
+        """The newest deleted delivery that had claimed this model."""
+        ...
+
+    async def holders(self, claims: Sequence[Claim], other_than: str) -> Mapping[Claim, str]:
+        """Which of the claims another delivery holds, and its name."""
+        ...
+
+    async def store(self, revision: Revision) -> None:
+        """Stores a new newest revision with its claims, and tells it to the other services."""
+        ...
+
+
+class ModelRepository(Protocol):
+    """Models with their versions, aliases and requests for approval."""
+
+    async def lock(self, model: str | UUID, versions: Sequence[int] = (), run_id: str = "") -> Model | None:
+        """The model by name or id, its row locked, with these versions: named, of the run, champion, with a pending request."""
+        ...
+
+    async def create(self, model_id: UUID, name: str, at: datetime) -> None:
+        """Makes the model unless there is one of this name."""
+        ...
+
+    async def save(self, model: Model) -> None:
+        """Stores what has changed, its events and its rows of the audit log."""
+        ...
+
+    async def awaiting(self, delivery: str) -> Sequence[UUID]:
+        """Ids of the models with a pending request for approval under this delivery."""
+        ...
+
+    async def journey(self, model: str, number: int) -> Journey | None:
+        """The journey of a version, without locking anything."""
+        ...
+
+    async def approval(self, approval_id: UUID) -> Approval | None: ...
+
+    async def approvals(self, status: str, model: str) -> Sequence[Approval]:
+        """Newest first; empty arguments do not restrict."""
+        ...
+
+    async def summaries(self) -> Sequence[ModelSummary]: ...
+
+    async def view(self, model: str, number: int, alias: str) -> VersionView | None:
+        """A version by number, or by alias when the number is 0."""
+        ...
+
+    async def views(self, model: str, below: int, limit: int) -> Sequence[VersionView] | None:
+        """Newest first, those numbered below `below` (0: all); None when there is no such model."""
+        ...
+
+
+class KeyRepository(Protocol):
+    """API keys."""
+
+    async def all(self, exclusively: bool = False) -> Sequence[ApiKey]:
+        """Every key, oldest first; `exclusively` keeps other changes of keys waiting until this transaction ends."""
+        ...
+
+    async def store(self, key: ApiKey) -> None:
+        """Stores a key at its new revision, and tells it to the gateways."""
+        ...
+
+
+class AuditLog(Protocol):
+    """The audit log. Rows are added and read, nothing else."""
+
+    async def add(self, entries: Sequence[Audit]) -> None: ...
+
+    async def read(self, target: str, below: int, limit: int) -> Sequence[AuditRow]:
+        """Newest first, ids below `below` (0: all), of a target and what lies under it (empty: everything)."""
+        ...
+
+
+class Session(Protocol):
+    """One transaction."""
+
+    @property
+    def deliveries(self) -> DeliveryRepository: ...
+
+    @property
+    def models(self) -> ModelRepository: ...
+
+    @property
+    def keys(self) -> KeyRepository: ...
+
+    @property
+    def audit(self) -> AuditLog: ...
+
+
+class Store(Protocol):
+    """Where everything is kept."""
+
+    def transaction(self) -> AbstractAsyncContextManager[Session]:
+        """A transaction: committed when the block ends well, and then the events in it are on their way; else rolled back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A domain event on the wire: type, topic without prefix, what it is about, and the message."""
+
+    type: str
+    topic: str
+    subject: str
+    payload: bytes
+
+
+class Encode(Protocol):
+    """Puts a domain event into the words of the wire."""
+
+    def __call__(self, event: DomainEvent) -> Encoded: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SectionVerdict:
+    """What a service says of its section: (field path from the top, sentence) for each problem; the fields that loosen a gate."""
+
+    problems: tuple[tuple[str, str], ...] = ()
+    loosened: tuple[str, ...] = ()
+
+
+class SectionValidator(Protocol):
+    """The service that a section belongs to."""
+
+    async def validate(self, delivery: str, section: str, section_json: str, previous_json: str) -> SectionVerdict:
+        """Changes nothing. Raises Transient when the service does not answer."""
+        ...
