@@ -131,7 +131,12 @@ def test_a_key_that_reads_like_a_path_or_does_not_print_is_named(key: str) -> No
 def test_every_problem_of_a_batch_is_told_at_once() -> None:
     with pytest.raises(Rejected) as caught:
         rules.check_batch([Metric("m", 1.0, -1, 2**63)], {"p": "x" * 6_001}, {"t": "nul\x00"})
-    assert [problem.field for problem in caught.value.problems] == ["metrics[0].timestamp_ms", "metrics[0].step", "params['p']", "tags['t']"]
+    assert [problem.field for problem in caught.value.problems] == [
+        "metrics[0].timestamp_ms",
+        "metrics[0].step",
+        "params['p']",
+        "tags['t']",
+    ]
 
 
 def test_what_is_wrong_with_a_new_run_is_told_at_once() -> None:

@@ -7,10 +7,11 @@ counts as stored before its bytes have been read back and hashed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from artifacts import ArtifactStore, HashMismatch
+from artifacts import ArtifactStore, Part
 from artifacts.blobs import blob_key
 from servicekit.access import GATEWAY, Caller, require_role
 from servicekit.clock import Clock, Ids
@@ -185,25 +186,21 @@ class Deliverables:
 
     async def _complete(self, upload: Upload, part_etags: Sequence[str]) -> BlobRef:
         wanted = upload.object
+        parts = [Part(number, etag) for number, etag in enumerate(part_etags, start=1)]
+        # Not known any more: joined by an earlier call that did not get to its end. Then the object is there, and it is what counts.
+        with contextlib.suppress(NotFound):
+            await self._objects.complete_multipart(wanted.key, upload.store_id, parts)
         try:
-            await self._objects.complete_multipart(wanted.key, upload.store_id, list(part_etags))
+            arrived = await self._objects.digest(wanted.key)
         except NotFound:
-            # Joined by an earlier call that did not get to its end: then the object is there.
-            try:
-                await self._objects.stat(wanted.key)
-            except NotFound:
-                raise Conflict(f"upload {upload.upload_id} is not known to the object store any more; start it again") from None
-        size = 0
-        try:
-            async for chunk in self._objects.get(wanted.key, sha256=wanted.sha256):
-                size += len(chunk)
-        except HashMismatch as exc:
+            raise Conflict(f"upload {upload.upload_id} is not known to the object store any more; start it again") from None
+        if (arrived.size, arrived.sha256) != (wanted.size_bytes, wanted.sha256):
             await self._discard(upload)
-            raise Invalid("the bytes that arrived are not those that were announced", [Violation("sha256", str(exc))]) from exc
-        if size != wanted.size_bytes:
-            await self._discard(upload)
-            violation = Violation("size_bytes", f"{wanted.size_bytes} were announced, {size} arrived")
-            raise Invalid("the bytes that arrived are not those that were announced", [violation])
+            violations = [
+                Violation("size_bytes", f"{wanted.size_bytes} were announced, {arrived.size} arrived"),
+                Violation("sha256", f"{wanted.sha256} was announced, {arrived.sha256} arrived"),
+            ]
+            raise Invalid("the bytes that arrived are not those that were announced", violations)
         async with self._store.transaction() as work:
             await work.artifacts.complete_upload(upload)
         return wanted
@@ -224,7 +221,7 @@ class Deliverables:
                 return blob
         key = blob_key(source.sha256)
         # The source was verified and nothing overwrites it, and whoever reads the blob verifies it again.
-        await self._objects.copy(source.key, key)
+        await self._objects.copy(source.key, key, sha256=source.sha256)
         return BlobRef(source.sha256, source.size_bytes, key)
 
     async def _artifact(self, work: UnitOfWork, run_id: str, field: str, path: str) -> BlobRef:
