@@ -1,0 +1,184 @@
+"""The Open Inference Protocol V2 as the gateway speaks it: which paths are public, the form of its errors, and where a
+runtime's own model name stands in an answer.
+
+https://github.com/open-inference/open-inference-protocol (REST). Everything that is not named here is denied.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import Enum
+from typing import Any
+
+SERVER_METADATA = b'{"name":"headrace","version":"0.1.0","extensions":[]}'
+
+
+class Op(Enum):
+    """What a public V2 path asks for."""
+
+    SERVER = "server"
+    LIVE = "live"
+    READY = "ready"
+    INFER = "infer"
+    MODEL = "model"
+    MODEL_READY = "model_ready"
+
+    @property
+    def method(self) -> bytes:
+        """The one HTTP method that the path answers to."""
+        return b"POST" if self is Op.INFER else b"GET"
+
+
+FIXED_PATHS = {b"/v2": Op.SERVER, b"/v2/health/live": Op.LIVE, b"/v2/health/ready": Op.READY}
+"""Paths that name no endpoint. Live and ready need no key: load balancers ask them."""
+
+
+def model_paths(endpoint: str) -> dict[bytes, Op]:
+    """The public paths of one endpoint. Its name must have passed `routes.NAME`."""
+    base = b"/v2/models/" + endpoint.encode("ascii")
+    return {base: Op.MODEL, base + b"/ready": Op.MODEL_READY, base + b"/infer": Op.INFER}
+
+
+_ENDPOINT_PATH = re.compile(rb"/v2/models/([A-Za-z0-9._-]{1,128})(?:/ready|/infer)?")
+
+
+def names_endpoint(path: bytes) -> bytes | None:
+    """The name in a path that would be public if an endpoint of that name existed, else None."""
+    match = _ENDPOINT_PATH.fullmatch(path)
+    return match[1] if match else None
+
+
+def is_data_path(path: bytes) -> bool:
+    """Whether a path belongs to the data plane (and is therefore never given to the control application)."""
+    return path.startswith(b"/v2") and (len(path) == 3 or path[3] in b"/?")
+
+
+def error_body(message: str) -> bytes:
+    """An error as V2 writes it."""
+    return json.dumps({"error": message}, separators=(",", ":")).encode()
+
+
+_STRING = rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_LEADING_NAME = {
+    b"model_name": re.compile(rb'\s*\{\s*(?:"id"\s*:\s*' + _STRING + rb'\s*,\s*)?"model_name"\s*:\s*' + _STRING),
+    b"name": re.compile(rb'\s*\{\s*(?:"id"\s*:\s*' + _STRING + rb'\s*,\s*)?"name"\s*:\s*' + _STRING),
+}
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}:,]|[^\s\[\]{}:,"]+')
+
+
+def name_span(body: bytes, key: bytes = b"model_name") -> tuple[int, int] | None:
+    """Where the value of the top-level string member `key` stands in a JSON object, without its quotes; None if there is none.
+
+    Runtimes write it first or behind `id`, which one regular expression finds; otherwise the text is walked. The first
+    textual occurrence would not do: `id` and the tensors hold the caller's own text.
+    """
+    match = _LEADING_NAME[key].match(body)
+    if match is not None:
+        return match.span(2)
+    return _walk(body, b'"' + key + b'"')
+
+
+def _walk(body: bytes, quoted: bytes) -> tuple[int, int] | None:
+    depth = 0
+    at_key = False
+    wanted = False
+    for match in _TOKEN.finditer(body):
+        token = match[0]
+        if token in (b"{", b"["):
+            depth += 1
+            at_key = depth == 1 and token == b"{"
+            wanted = False
+        elif token in (b"}", b"]"):
+            depth -= 1
+        elif depth == 1:
+            if token == b",":
+                at_key, wanted = True, False
+            elif token == b":":
+                at_key = False
+            elif at_key:
+                wanted = token == quoted
+            elif wanted and token.startswith(b'"'):
+                return match.start() + 1, match.end() - 1
+    return None
+
+
+_UNKNOWN_MODEL = re.compile(rb'\s*\{\s*"error"\s*:\s*"Request for unknown model:')
+
+
+def is_unknown_model(body: bytes) -> bool:
+    """Whether a runtime's error says that it does not have the model: the gateway's route is at fault, not the request."""
+    return _UNKNOWN_MODEL.match(body) is not None
+
+
+_NUMERIC = {"FP16", "FP32", "FP64", "BF16", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"}
+
+
+def fault(body: bytes) -> str | None:
+    """What is wrong with an inference request in itself, in a sentence, or None when it is well formed.
+
+    Asked only after a runtime failed: Triton answers 500 where the request is to blame (text that is not JSON, null in a
+    numeric tensor), and that must count against the caller, not against the arm.
+    """
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return "the body is not JSON"
+    if not isinstance(request, dict):
+        return "the body is not a JSON object"
+    inputs = request.get("inputs")
+    if not isinstance(inputs, list) or not inputs:
+        return "inputs is not a list of tensors"
+    for tensor in inputs:
+        wrong = _tensor_fault(tensor)
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def _tensor_fault(tensor: Any) -> str | None:
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
+        return "an input has no name"
+    name, shape, datatype = tensor["name"], tensor.get("shape"), tensor.get("datatype")
+    if not isinstance(datatype, str):
+        return f"input {name!r} has no datatype"
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        return f"the shape of input {name!r} is not a list of sizes"
+    parameters = tensor.get("parameters")
+    if isinstance(parameters, dict) and "binary_data_size" in parameters:
+        return None
+    data = tensor.get("data")
+    if not isinstance(data, list):
+        return f"input {name!r} has no data"
+    elements = flatten(data)
+    count = 1
+    for size in shape:
+        count *= size
+    if len(elements) != count:
+        return f"input {name!r} has {len(elements)} elements, its shape asks for {count}"
+    if datatype in _NUMERIC:
+        right = all(type(element) in (int, float) for element in elements)
+    elif datatype == "BOOL":
+        right = all(type(element) in (bool, int) for element in elements)
+    elif datatype == "BYTES":
+        right = all(type(element) is str for element in elements)
+    else:
+        return f"input {name!r} has the unknown datatype {datatype!r}"
+    return None if right else f"input {name!r} has elements that are not {datatype}"
+
+
+def flatten(data: list[Any]) -> list[Any]:
+    """The elements of a tensor, row by row; V2 allows nested and flat lists alike."""
+    if not any(isinstance(element, list) for element in data):
+        return data
+    flat: list[Any] = []
+    stack = [iter(data)]
+    while stack:
+        for element in stack[-1]:
+            if isinstance(element, list):
+                stack.append(iter(element))
+                break
+            flat.append(element)
+        else:
+            stack.pop()
+    return flat

@@ -1,0 +1,141 @@
+"""The data plane of one process: its tables, its connections, its windows, and the clockwork that none of its requests pays for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from gateway.access import AccessTable
+from gateway.arms import ArmLimits, ArmStates
+from gateway.callers import CallerBook
+from gateway.kv2 import FIXED_PATHS
+from gateway.routes import Endpoint, Route, RouteTable
+from gateway.shadow import ShadowLimits, Shadows
+from gateway.tracing import Spans, sampling_bound
+from gateway.upstream import Pool
+from gateway.windows import WindowBook
+
+if TYPE_CHECKING:
+    from gateway.server import DataProtocol
+
+_log = logging.getLogger(__name__)
+
+UPSTREAM_SWEEP_S = 0.25
+LATE_S = 0.1
+"""An event loop that is this late is overloaded: copies are dropped first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may ask of the data path; bytes and seconds."""
+
+    max_body_bytes: int = 8 * 1024 * 1024
+    max_head_bytes: int = 32 * 1024
+    max_headers: int = 100
+    max_pipelined: int = 16
+    max_connections: int = 4096
+    head_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    keep_alive_s: float = 75.0
+    stalled_reader_s: float = 30.0
+    linger_s: float = 2.0
+    stream_above: int = 1024 * 1024
+    connect_timeout_s: float = 1.0
+    upstream_idle_s: float = 30.0
+    arm: ArmLimits = field(default_factory=ArmLimits)
+    shadow: ShadowLimits = field(default_factory=ShadowLimits)
+
+
+class DataPlane:
+    """Everything that the data path of a process reads. Lives on one event loop; `start` and `stop` it there."""
+
+    def __init__(
+        self,
+        upstreams: Iterable[str],
+        limits: Limits | None = None,
+        spans: Spans | None = None,
+        sample_ratio: float = 0.0,
+        not_ready: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`upstreams`: the configured runtimes, `host:port`. `not_ready` says why requests should go elsewhere, or None."""
+        self.limits = limits or Limits()
+        self.spans = spans or Spans()
+        self.sampling_bound = sampling_bound(sample_ratio)
+        self.not_ready = not_ready
+        self.access = AccessTable()
+        self.arms = ArmStates(self._make_pool, self.limits.arm)
+        self.routes = RouteTable(upstreams, self.arms.of, FIXED_PATHS, self._route_changed)
+        self.windows = WindowBook()
+        self.callers = CallerBook()
+        self.shadows = Shadows(self.limits.shadow, self.spans)
+        self.connections: set[DataProtocol] = set()
+        self.draining = False
+        self.on_route: Callable[[], None] | None = None
+        """Told when a revision is first served, so that it is acknowledged at once."""
+        self.plain_tail = b""
+        self._timer: asyncio.TimerHandle | None = None
+        self._expected = 0.0
+        self._ticks = 0
+        self._date()
+
+    def start(self) -> None:
+        """Starts the sweeps."""
+        self._expected = monotonic() + UPSTREAM_SWEEP_S
+        self._timer = asyncio.get_running_loop().call_later(UPSTREAM_SWEEP_S, self._tick)
+
+    def drain(self) -> None:
+        """From now on every answer closes its connection."""
+        self.draining = True
+        self.shadows.drop_waiting()
+
+    def stop(self) -> None:
+        """Stops the sweeps and drops the connections to the runtimes."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for pool in self.arms.pools():
+            pool.close()
+
+    def _make_pool(self, upstream: str, shadow: bool) -> Pool:
+        limits = self.limits
+        host, _, port = upstream.rpartition(":")
+        connections = limits.shadow.in_flight if shadow else limits.arm.in_flight
+        return Pool(
+            host.strip("[]"),
+            int(port),
+            max_connections=connections,
+            max_waiting=connections + limits.shadow.waiting,
+            connect_timeout_s=limits.connect_timeout_s,
+            idle_timeout_s=limits.upstream_idle_s,
+            stream_above=limits.stream_above,
+        )
+
+    def _route_changed(self, endpoint: Endpoint, old: Route | None, new: Route | None) -> None:
+        self.windows.switch(endpoint.name, new, monotonic())
+        if new is None or not new.by_caller:
+            self.callers.forget(endpoint.name)
+        self.arms.keep(endpoint.name, [] if new is None else [arm.spec for arm in new.arms.values()])
+        if self.on_route is not None:
+            self.on_route()
+
+    def _tick(self) -> None:
+        now = monotonic()
+        self.shadows.overloaded = now - self._expected > LATE_S
+        for pool in self.arms.pools():
+            pool.sweep(now)
+        self._ticks += 1
+        if self._ticks % 4 == 0:
+            self._date()
+            self.routes.expire(now)
+            for connection in list(self.connections):
+                connection.sweep(now)
+        self._expected = now + UPSTREAM_SWEEP_S
+        self._timer = asyncio.get_running_loop().call_later(UPSTREAM_SWEEP_S, self._tick)
+
+    def _date(self) -> None:
+        # The headers that end every plain answer; the date costs nothing when it is written once per second.
+        self.plain_tail = b"\r\ndate: " + formatdate(usegmt=True).encode() + b"\r\ncontent-length: "
