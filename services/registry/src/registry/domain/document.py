@@ -21,6 +21,9 @@ MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
 MAX_VALUES = 5_000
 
+WHOLE = "(file)"
+"""The field of a problem that is of the file as a whole."""
+
 _INT = re.compile(r"[-+]?[0-9]+")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -63,15 +66,15 @@ def parse(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise DeliveryInvalid(
-            [*reader.problems, Problem(reader.path, f"not YAML: {_sentence(error)}", mark.line + 1 if mark else 1)]
+            [*reader.problems, Problem(reader.last, f"not YAML: {_sentence(error)}", mark.line + 1 if mark else 1)]
         ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise DeliveryInvalid([Problem(reader.path, "not YAML: a character that may not stand in it", line)]) from None
+        raise DeliveryInvalid([Problem(reader.last, "not YAML: a character that may not stand in it", line)]) from None
     if reader.problems:
         raise DeliveryInvalid(reader.problems)
     if not isinstance(content, dict):
-        raise DeliveryInvalid([Problem("", "a delivery file is a mapping that begins with apiVersion", 1)])
+        raise DeliveryInvalid([Problem(WHOLE, "a delivery file is a mapping that begins with apiVersion", 1)])
     return Document(content, reader.lines)
 
 
@@ -95,6 +98,8 @@ class _Reader:
         self.lines: dict[str, int] = {}
         self.problems: list[Problem] = []
         self.path = ""
+        self.last = WHOLE
+        """The field that was begun last: the nearest to a place where the text is no YAML any more."""
         self._values = 0
 
     def read(self, events: Iterator[yaml.Event]) -> Any:
@@ -137,7 +142,7 @@ class _Reader:
             key = self._value(event, events, depth + 1) if isinstance(event, yaml.ScalarEvent | yaml.AliasEvent) else None
             if not isinstance(key, str) or not key:
                 self._stop("the name of a field is text", event)
-            self.path = f"{above}.{key}" if above else key
+            self.path = self.last = f"{above}.{key}" if above else key
             if key in result:
                 self._problem(f"given twice: first in line {self.lines[self.path]}", event)
             else:
@@ -153,7 +158,7 @@ class _Reader:
         for event in events:
             if isinstance(event, yaml.SequenceEndEvent):
                 break
-            self.path = f"{above}[{len(result)}]"
+            self.path = self.last = f"{above}[{len(result)}]"
             self.lines[self.path] = _line(event)
             result.append(self._value(event, events, depth + 1))
             self.path = above
@@ -180,7 +185,7 @@ class _Reader:
         return text
 
     def _problem(self, message: str, event: yaml.Event) -> None:
-        self.problems.append(Problem(self.path, message, _line(event)))
+        self.problems.append(Problem(self.path or WHOLE, message, _line(event)))
 
     def _stop(self, message: str, event: yaml.Event) -> NoReturn:
         self._problem(message, event)

@@ -24,9 +24,7 @@ class DeliveryInvalid(DomainError):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
-        super().__init__(
-            "; ".join(f"line {p.line}, {p.field}: {p.message}" if p.field else f"line {p.line}: {p.message}" for p in self.problems)
-        )
+        super().__init__("; ".join(f"line {p.line}, {p.field}: {p.message}" for p in self.problems))
 
 
 class TooLarge(DomainError):

@@ -149,7 +149,6 @@ class Model:
             return self._proceed(version, policy, by, new_id)
         if not policy.endpoint or policy.obstacle:
             raise Refused(policy.obstacle or "there is no endpoint to serve it at")
-        self._withdraw(number, by, f"{by.actor} passed the gates by")
         return self._promote(version, policy, by, override=True)
 
     def vote(self, approval_id: UUID, vote: Vote, policy: Policy, by: By, new_id: Callable[[], UUID]) -> Approval:
@@ -308,6 +307,7 @@ class Model:
         return self._put(replace(version, reason=_waits(policy.needed)), "version.reason", by)
 
     def _promote(self, version: Version, policy: Policy, by: By, override: bool = False) -> Version:
+        self._withdraw(version.number, by, f"{by.actor} passed the gates by" if override else "promoted")
         event = ModelPromoted(
             version=self._ref(version),
             journey=version.journey,
