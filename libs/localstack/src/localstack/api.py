@@ -67,12 +67,12 @@ def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool
     _check_machine()
     with exclusive(paths.order), shown(progress) as show:
         running = paths.supervisor()
-        if running is not None and paths.read().get("with_services") != with_services:
-            if not with_services:
-                return _info(paths)
+        if running is not None and _needs_restart(paths.read(), with_services):
             process.stop_process(running, _STOP_S)
             running = None
         if running is None:
+            # What a killed supervisor left still holds the ports that we want back.
+            process.sweep(paths.mark())
             _prepare(paths.state, show, with_services)
             _spawn_supervisor(paths, with_services)
         _await_ready(paths, show)
@@ -160,6 +160,12 @@ def logs(state_dir: Path, names: Sequence[str] = (), *, follow: bool = False, li
                 yield f"{name:<{width}} | {line}"
         if quiet:
             time.sleep(0.2)
+
+
+def _needs_restart(content: dict[str, Any], with_services: bool) -> bool:
+    """Whether a running supervisor cannot give what is asked for: it has no services, or a part keeps failing (ports are chosen anew)."""
+    given_up = any(part["state"] == "failed" and part["restarts"] >= _TRIES for part in content["parts"])
+    return given_up or (with_services and not content["with_services"])
 
 
 def _check_machine() -> None:

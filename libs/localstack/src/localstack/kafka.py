@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -115,14 +116,16 @@ class Kafka:
             identity.write_text(base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=") + "\n")
         shutil.rmtree(self.directory / "data", ignore_errors=True)
         self._write_settings()
-        _format(_classpath(jar_folder), self.directory / "server.properties", self.cluster_id)
+        _format(jar_folder, self.directory / "server.properties", self.cluster_id)
 
     def start(self) -> None:
         """Starts the broker; after a crash it recovers its logs by itself. Returns before it is ready."""
         self._write_settings()
         jar_folder = jars.folder()
-        argv = _command(_classpath(jar_folder), "kafka.Kafka", self.directory / "server.properties", archive=_archive(jar_folder))
-        self.child = spawn(self.name, argv, log=self._log, env=_environment(self.directory), mark=self._mark, cwd=self.directory)
+        argv = _command("kafka.Kafka", self.directory / "server.properties", archive=_archive(jar_folder))
+        self.child = spawn(
+            self.name, argv, log=self._log, env=_environment(self.directory, jar_folder), mark=self._mark, cwd=self.directory
+        )
 
     def ready(self) -> str | None:
         """None when the broker on our port belongs to our cluster and is registered, else the reason."""
@@ -150,25 +153,16 @@ def _classpath(jar_folder: Path) -> str:
     return os.pathsep.join(str(jar_folder / jar.filename) for jar in jars.locked())
 
 
-def _command(
-    classpath: str, main_class: str, *arguments: str | Path, archive: Path | None = None, options: tuple[str, ...] = ()
-) -> list[str]:
+def _command(main_class: str, *arguments: str | Path, archive: Path | None = None, options: tuple[str, ...] = ()) -> list[str]:
     faster = [f"-XX:AOTCache={archive}"] if archive is not None and archive.exists() else []
-    return [
-        str(java()),
-        *_JVM,
-        *faster,
-        *options,
-        "-Dlog4j2.configurationFile=log4j2.properties",
-        "-cp",
-        classpath,
-        main_class,
-        *map(str, arguments),
-    ]
+    logging = "-Dlog4j2.configurationFile=log4j2.properties"
+    return [str(java()), *_JVM, *faster, *options, logging, main_class, *map(str, arguments)]
 
 
-def _environment(directory: Path) -> dict[str, str]:
-    return {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8", "TZ": "UTC", "LOG_DIR": str(directory)}
+def _environment(directory: Path, jar_folder: Path) -> dict[str, str]:
+    # Two screens of class path, which nobody wants to see in `ps`.
+    path = os.environ.get("PATH", "/usr/bin:/bin")
+    return {"PATH": path, "CLASSPATH": _classpath(jar_folder), "LC_ALL": "C.UTF-8", "TZ": "UTC", "LOG_DIR": str(directory)}
 
 
 def _property(path: Path) -> str:
@@ -176,9 +170,11 @@ def _property(path: Path) -> str:
     return str(path).replace("\\", "\\\\")
 
 
-def _format(classpath: str, settings: Path, cluster_id: str) -> None:
-    command = _command(classpath, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", settings)
-    done = subprocess.run(command, cwd=settings.parent, env=_environment(settings.parent), capture_output=True, text=True, check=False)
+def _format(jar_folder: Path, settings: Path, cluster_id: str) -> None:
+    command = _command("kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", settings)
+    done = subprocess.run(
+        command, cwd=settings.parent, env=_environment(settings.parent, jar_folder), capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise StackError(f"Kafka's storage could not be formatted: {(done.stdout + done.stderr).strip()[-500:]}")
 
@@ -209,13 +205,14 @@ def _make_archive(jar_folder: Path, progress: Progress) -> None:
         )
         broker.prepare(progress)
         draft = directory / "classes.aot"
-        argv = _command(_classpath(jar_folder), "kafka.Kafka", "server.properties", options=(f"-XX:AOTCacheOutput={draft}",))
+        argv = _command("kafka.Kafka", "server.properties", options=(f"-XX:AOTCacheOutput={draft}",))
         broker.child = spawn(
-            "kafka", argv, log=directory / "log", env=_environment(directory), mark=f"archive-{os.getpid()}", cwd=directory
+            "kafka", argv, log=directory / "log", env=_environment(directory, jar_folder), mark=f"archive-{os.getpid()}", cwd=directory
         )
         try:
             wait_ready(broker)
         finally:
             broker.child.stop(60)
-        if draft.exists():
+        stopped_in_order = 128 + signal.SIGTERM
+        if draft.exists() and broker.child.exit_code() == stopped_in_order:
             draft.replace(archive)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import http.client
-import os
 import sys
 from pathlib import Path
 
 from localstack.cache import Progress
 from localstack.ports import LOOPBACK
 from localstack.process import Child, spawn
+from localstack.services import inherited
 
 
 class OtlpReceiver:
@@ -44,7 +44,7 @@ class OtlpReceiver:
             "--database",
             self.directory / "spans.sqlite",
         ]
-        env = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8", "TZ": "UTC", "HEADRACE_TRACES_SECRET": self._secret}
+        env = {**inherited(), "HEADRACE_TRACES_SECRET": self._secret}
         self.child = spawn(self.name, argv, log=self._log, env=env, mark=self._mark, cwd=self.directory)
 
     def ready(self) -> str | None:

@@ -55,7 +55,8 @@ class Seaweed:
         self._log = log
 
     def prepare(self, progress: Progress) -> None:
-        """Nothing to download; makes the folder."""
+        """Nothing to download; makes the folder. Raises Missing."""
+        binary()
         (self.directory / "data").mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
