@@ -73,7 +73,9 @@ async def _run(servers: Any, *, replicas: int, per_transaction: int, rate: float
         common = {"url": url, "bootstrap": servers.kafka.bootstrap, "prefix": f"{name}."}
         await topics.ensure_topics(KafkaBroker(servers.kafka.bootstrap, "bench"), f"{name}.")
         share = {"per_transaction": per_transaction, "rate": rate / replicas, "seconds": seconds}
-        writers = [await _spawn(processes, {"role": "write", "replica": n, "replicas": replicas, **share, **common}) for n in range(replicas)]
+        writers = [
+            await _spawn(processes, {"role": "write", "replica": n, "replicas": replicas, **share, **common}) for n in range(replicas)
+        ]
         reader = await _spawn(processes, {"role": "read", **common})
         for process in [*writers, reader]:
             await _line(process)  # "ready"
@@ -159,7 +161,7 @@ async def _write(job: dict[str, Any]) -> None:
     broker = KafkaBroker(job["bootstrap"], "bench-writing")
     relay = Relay(job["url"], "writing", broker, "/bench/writing", job["prefix"], outbox=outbox, create_topics=False)
     await relay.start()
-    while relay.ready() is not None:
+    while relay.ready() is not None:  # noqa: ASYNC110 - asked now and then, as a prober does
         await asyncio.sleep(0.05)
     ids = SystemIds()
     filler = random.Random(7).randbytes(PAYLOAD_BYTES - 8)
@@ -201,7 +203,14 @@ async def _write(job: dict[str, Any]) -> None:
     elapsed = time.monotonic() - first
     _say({"events": written, "first": first, "write_s": elapsed})
     await _said()
-    _say({"role": "write", "events": written, "write_per_s": round(written / elapsed), "cpu_us_per_event": round((_cpu_s() - cpu) / written * 1e6)})
+    _say(
+        {
+            "role": "write",
+            "events": written,
+            "write_per_s": round(written / elapsed),
+            "cpu_us_per_event": round((_cpu_s() - cpu) / written * 1e6),
+        }
+    )
     await relay.stop()
     await engine.dispose()
 
@@ -234,7 +243,7 @@ async def _read(job: dict[str, Any]) -> None:
 
     consumer.inbox.apply = timed  # type: ignore[method-assign]
     await consumer.start()
-    while consumer.ready() is not None:
+    while consumer.ready() is not None:  # noqa: ASYNC110 - asked now and then, as a prober does
         await asyncio.sleep(0.05)
     _say("ready")
     cpu = _cpu_s()

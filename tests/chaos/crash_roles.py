@@ -21,6 +21,7 @@ from eventing import topics
 from eventing.background import Background
 from eventing.consumer import Consumer
 from eventing.envelope import Event, Received
+from eventing.faults import passes
 from eventing.kafka import KafkaBroker
 from eventing.outbox import Outbox
 from eventing.relay import Relay
@@ -98,7 +99,7 @@ class Writer(Background):
             try:
                 await self._transaction()
             except Exception as exc:
-                if not db.is_transient(exc):
+                if not passes(exc):
                     raise
                 await self._pause(0.1)
             await self._pause(self._random.uniform(0, 2 * PAUSE_S))
@@ -148,10 +149,10 @@ async def main(job: dict[str, Any]) -> None:
         await component.start()
     ends = {asyncio.create_task(told.wait()), *(asyncio.create_task(component.wait()) for component in components)}
     done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
     for component in reversed(components):
         await component.stop()
+    for task in done:
+        task.result()
 
 
 if __name__ == "__main__":

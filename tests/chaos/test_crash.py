@@ -28,9 +28,9 @@ from eventing import schema, topics
 from eventing.broker import Partition
 from eventing.consumer import Consumer
 from eventing.dlq import DeadLetters
-from eventing.inbox import receive_any
 from eventing.kafka import KafkaBroker
 from eventing.outbox import Outbox
+from eventing.records import receive_any
 from localstack import process
 from localstack import server as stack_server
 from localstack.kafka import Kafka
@@ -130,7 +130,8 @@ class System:
                 if backend.alive():
                     os.kill(backend.pid, signal.SIGKILL)
         async with asyncio.timeout(30):
-            while any(backend.alive() for backend in backends):  # the next postmaster refuses to start beside them
+            # The next postmaster refuses to start beside them.
+            while any(backend.alive() for backend in backends):  # noqa: ASYNC110 - no event tells of it
                 await asyncio.sleep(0.02)
         self.postgres.child.kill()
 
@@ -280,10 +281,10 @@ async def test_nothing_is_lost_doubled_or_reordered(own_postgres, own_kafka, tmp
         applied = await ledger.per_key("SELECT key, sequence FROM beta.effect ORDER BY id")
         parked = await ledger.per_key("SELECT key, sequence FROM beta.parked_event ORDER BY id")
         with capsys.disabled():
+            victims = ", ".join(f"{victim} {count}" for victim, count in sorted(system.kills.items()))
             print(
-                f"crash test: {system.kills.total()} kills in {lasted:.0f} s ({', '.join(f'{n} {v}' for v, n in sorted(system.kills.items()))});"
-                f" {sum(emitted.values())} events emitted, {sum(map(len, applied.values()))} applied,"
-                f" {sum(map(len, parked.values()))} parked in {len(parked)} keys",
+                f"crash test: {system.kills.total()} kills in {lasted:.0f} s ({victims}); {sum(emitted.values())} events emitted,"
+                f" {sum(map(len, applied.values()))} applied, {sum(map(len, parked.values()))} parked in {len(parked)} keys",
                 flush=True,
             )
 

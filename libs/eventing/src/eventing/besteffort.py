@@ -15,7 +15,7 @@ from eventing import metrics, tracing
 from eventing.background import Background, Backoff
 from eventing.broker import Broker, OffsetOutOfRange, Producer, Record
 from eventing.envelope import Event, Received, encode_headers
-from eventing.inbox import receive_any
+from eventing.records import receive_any
 from eventing.topics import ensure_topics, topic
 
 _log = logging.getLogger(__name__)

@@ -8,15 +8,14 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from servicekit import db
 from servicekit.clock import Clock, Ids, SystemClock, SystemIds
 from servicekit.errors import Transient
-from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from eventing import metrics
 from eventing.background import Background, Backoff
 from eventing.broker import Broker, Fetched, OffsetOutOfRange, Partition, Reader
+from eventing.faults import is_conflict, passes
 from eventing.inbox import Handler, HandlerFailed, Inbox, Item, LostRace, Outcome, is_invalid, read
 from eventing.outbox import Outbox
 from eventing.schema import tables
@@ -50,18 +49,11 @@ def _fate(exc: BaseException) -> _Fate:
     """What is done with an event whose handler raised."""
     if is_invalid(exc):
         return _Fate.PARK
-    if _is_conflict(exc):
+    if is_conflict(exc):
         return _Fate.ALONE
-    if isinstance(exc, Transient) or db.is_transient(exc):
+    if passes(exc):
         return _Fate.RETRY
     return _Fate.STOP
-
-
-def _is_conflict(exc: BaseException) -> bool:
-    """A deadlock or a serialisation failure: PostgreSQL chose this transaction to give way."""
-    if isinstance(exc, sa_exc.DBAPIError) and exc.orig is not None:
-        exc = exc.orig
-    return getattr(exc, "sqlstate", None) in ("40P01", "40001")
 
 
 class _Delay:
@@ -184,7 +176,7 @@ class Consumer(Background):
 
     async def _excuse(self, exc: Exception, backoff: Backoff) -> None:
         """Waits, if the error may pass; raises it otherwise."""
-        if not isinstance(exc, Transient | LostRace) and not db.is_transient(exc):
+        if not isinstance(exc, LostRace) and not passes(exc):
             raise exc
         wait = backoff.next()
         self._problem = str(exc)
@@ -256,7 +248,7 @@ class Consumer(Background):
                     groups = [group[: failed.index]]
                 groups = [one for one in groups if one]
             except Exception as exc:
-                if not _is_conflict(exc) or len(group) == 1:
+                if not is_conflict(exc) or len(group) == 1:
                     raise
                 groups[0:1] = [[one] for one in group]
             else:
@@ -314,7 +306,7 @@ class Consumer(Background):
                     standing, patience = await self.inbox.held(every), 5.0
                 ends = {partition: end for partition, (_, end) in (await self._broker.offsets(standing)).items()} if standing else {}
             except Exception as exc:
-                if not isinstance(exc, Transient) and not db.is_transient(exc):
+                if not passes(exc):
                     raise
                 self._watchdog.excuse()
                 continue

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from eventing.broker import Fetched, Partition
 from eventing.consumer import Consumer
 from eventing.envelope import Headers
-from eventing.inbox import unpack_headers
+from eventing.records import unpack_headers
 from eventing.schema import tables
 
 

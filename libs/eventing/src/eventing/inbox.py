@@ -9,7 +9,6 @@ events they make; events that cannot be applied are parked, and later ones of th
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from eventing import topics
 from eventing.broker import Fetched, Partition
-from eventing.envelope import Event, Headers, Received, decode_headers
+from eventing.envelope import Event, Received
 from eventing.outbox import Outbox
+from eventing.records import pack_headers, receive
 from eventing.schema import tables
 from eventing.tracing import BatchTracing, Tracing
 
@@ -100,54 +100,6 @@ def read(fetched: Fetched, topic: str, cluster_id: str) -> Item:
         return Item(fetched, topic, receive(fetched, topic, cluster_id))
     except Invalid as exc:
         return Item(fetched, topic, None, f"{exc} (key {fetched.key!r})")
-
-
-def receive(fetched: Fetched, topic: str, cluster_id: str) -> Received:
-    """The event in a record of a durable topic. Raises Invalid if it is none."""
-    event = receive_any(fetched, topic, cluster_id)
-    if event.sequence < 1:
-        raise Invalid("header ce_sequence is missing")
-    return event
-
-
-def receive_any(fetched: Fetched, topic: str, cluster_id: str) -> Received:
-    """The event in a record, sequenced or not. Raises Invalid if it is none."""
-    if fetched.value is None:
-        raise Invalid("the record has no value")
-    try:
-        key = (fetched.key or b"").decode()
-    except UnicodeDecodeError as exc:
-        raise Invalid("the key is not UTF-8") from exc
-    if not key:
-        raise Invalid("the record has no key")
-    attributes = decode_headers(fetched.headers)
-    return Received(
-        type=attributes.type,
-        topic=topic,
-        key=key,
-        sequence=attributes.sequence,
-        payload=fetched.value,
-        id=attributes.id,
-        time=attributes.time,
-        subject=attributes.subject,
-        traceparent=attributes.traceparent,
-        must_understand=attributes.must_understand,
-        source=attributes.source,
-        partition=fetched.partition.number,
-        offset=fetched.offset,
-        headers=fetched.headers,
-        cluster_id=cluster_id,
-    )
-
-
-def pack_headers(headers: Headers) -> bytes:
-    """Headers as the column parked_event.headers holds them: JSON, bytes as Latin-1."""
-    return json.dumps([[name, value.decode("latin-1")] for name, value in headers]).encode()
-
-
-def unpack_headers(packed: bytes) -> Headers:
-    """The reverse of `pack_headers`."""
-    return tuple((name, value.encode("latin-1")) for name, value in json.loads(packed))
 
 
 def is_invalid(exc: BaseException) -> bool:

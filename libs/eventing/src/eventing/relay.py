@@ -22,14 +22,14 @@ from datetime import timedelta
 from typing import Any
 
 import asyncpg
-from servicekit import db
 from servicekit.clock import Clock, SystemClock
-from servicekit.errors import Transient, Unavailable
+from servicekit.errors import Unavailable
 
 from eventing import metrics, topics
 from eventing.background import Background, Backoff
 from eventing.broker import Broker, Producer, Record
 from eventing.envelope import Event, encode_headers
+from eventing.faults import passes
 from eventing.outbox import Outbox
 from eventing.schema import tables
 from eventing.tracing import Tracing
@@ -135,7 +135,7 @@ class Relay(Background):
             try:
                 await self._session(backoff)
             except Exception as exc:
-                if not isinstance(exc, Transient) and not db.is_transient(exc):
+                if not passes(exc):
                     raise
                 wait = backoff.next()
                 self._problem = f"{self._name}: {exc}"

@@ -101,7 +101,7 @@ def tables(schema: str) -> Tables:
         Column("cluster_id", Text, nullable=False),
         Column("event_id", Text, nullable=False),
         Column("type", Text, nullable=False),
-        Column("headers", LargeBinary, nullable=False, comment="all headers of the record, as eventing.inbox packs them"),
+        Column("headers", LargeBinary, nullable=False, comment="all headers of the record, as eventing.records packs them"),
         Column("payload", LargeBinary, nullable=False),
         Column("reason", Text, nullable=False),
         Column("attempts", Integer, nullable=False, server_default=text("1")),

@@ -17,7 +17,7 @@ from servicekit.errors import Invalid, Transient
 from eventing.background import Background, Backoff
 from eventing.broker import Broker, Fetched, OffsetOutOfRange, Partition, Reader
 from eventing.envelope import Received
-from eventing.inbox import receive_any
+from eventing.records import receive_any
 from eventing.topics import ensure_topics, topic
 
 _log = logging.getLogger(__name__)
