@@ -105,6 +105,14 @@ class MemoryStore:
         check_key(key)
         return f"memory:///{key}?expires={expires_s}"
 
+    async def presign_put(self, key: str, expires_s: int) -> str:
+        check_key(key)
+        return f"memory:///{key}?put&expires={expires_s}"
+
+    def put_object(self, url: str, data: bytes) -> None:
+        """What a client's PUT to a URL of `presign_put` does."""
+        self._keep(url.removeprefix("memory:///").partition("?put")[0], data, None)
+
     async def start_multipart(self, key: str, size: int, *, expires_s: int = 3600) -> Multipart:
         check_key(key)
         part_size = part_size_for(size)

@@ -135,6 +135,10 @@ class ArtifactStore(Protocol):
         """A URL from which anyone can GET the object for `expires_s` seconds. Does not ask whether it exists."""
         ...
 
+    async def presign_put(self, key: str, expires_s: int) -> str:
+        """A URL to which anyone can PUT one object of 5 GB at most for `expires_s` seconds. No hash is recorded: see `digest`."""
+        ...
+
     async def start_multipart(self, key: str, size: int, *, expires_s: int = 3600) -> Multipart:
         """Begins an upload of `size` bytes that a client makes by itself, and gives it a URL for each part."""
         ...

@@ -255,6 +255,10 @@ class S3Store:
         # Signing needs no server, since the region is known.
         return self._public.get_presigned_url("GET", self._bucket, key, expires=timedelta(seconds=expires_s))
 
+    async def presign_put(self, key: str, expires_s: int) -> str:
+        check_key(key)
+        return self._public.get_presigned_url("PUT", self._bucket, key, expires=timedelta(seconds=expires_s))
+
     async def start_multipart(self, key: str, size: int, *, expires_s: int = 3600) -> Multipart:
         check_key(key)
         part_size = part_size_for(size)
