@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import httptools
@@ -496,7 +496,9 @@ class _Server(uvicorn.Server):
 
 
 class DataServer:
-    """Serves one data plane, and the control application beside it, on one port. A component: start, stop."""
+    """Serves one data plane, and the control application beside it, on one port: a component."""
+
+    name = "gateway"
 
     def __init__(self, plane: DataPlane, app: Any, host: str, port: int, *, grace_s: float, reuse_port: bool = False) -> None:
         """`app` is the ASGI application for everything that is not under /v2. `reuse_port` lets several processes share the port."""
@@ -544,10 +546,16 @@ class DataServer:
                 raise RuntimeError("the HTTP server ended while it started")
             await asyncio.sleep(0.005)
 
+    def listening(self) -> Mapping[str, int]:
+        """{"gateway": port} once started."""
+        return {"gateway": self.port} if self.port else {}
+
     async def wait(self) -> None:
-        """Returns when the server has ended; raises what ended it."""
+        """Raises when the server ends by itself."""
         if self._task is not None:
             await asyncio.shield(self._task)
+            if not self._plane.draining:
+                raise RuntimeError("the gateway's HTTP server ended")
 
     async def stop(self) -> None:
         """Finishes the requests that are being answered, within the grace, and closes. May be repeated."""

@@ -37,6 +37,7 @@ class ArmCounts:
         "buckets",
         "errors",
         "fallbacks",
+        "heir",
         "open",
         "pending",
         "requests",
@@ -51,6 +52,8 @@ class ArmCounts:
         self.requests = 0
         self.pending = 0
         self.open = True
+        self.heir: ArmCounts | None = None
+        """Where what becomes known after the report is counted: the window that was open then."""
         self.bad = [0] * guards
         self.errors = 0
         self.fallbacks = 0
@@ -68,23 +71,34 @@ class ArmCounts:
 
     def answered(self, route: Route, elapsed: float) -> None:
         """The request was answered after `elapsed` seconds, and not with an error."""
-        self.buckets[min(int(elapsed * 4000.0).bit_length(), BUCKETS - 1)] += 1
+        bucket = min(int(elapsed * 4000.0).bit_length(), BUCKETS - 1)
         if self.open:
+            self.buckets[bucket] += 1
             self.pending -= 1
             for index, limit in route.latency_limits:
                 if elapsed > limit:
                     self.bad[index] += 1
+        else:
+            self.successor().buckets[bucket] += 1
 
     def failed(self, route: Route, arm: str, elapsed: float, *, fallback: bool) -> None:
         """The arm's first attempt failed. `elapsed`: until the caller was answered, by whichever arm."""
         self.answered(route, elapsed)
-        self.errors += 1
-        self.fallbacks += fallback
+        counts = self.successor()
+        counts.errors += 1
+        counts.fallbacks += fallback
         if self.open:
             for index in route.recorder.error_guards:
                 self.bad[index] += 1
         else:
             route.recorder.late(arm)
+
+    def successor(self) -> ArmCounts:
+        """These counts while they are open, else those that are open in their place (or, when the route is gone, nobody's)."""
+        counts = self
+        while not counts.open and counts.heir is not None:
+            counts = counts.heir
+        return counts
 
     def not_counted(self) -> None:
         """The request itself was at fault (or an operator chose the arm): it says nothing about the arm."""
@@ -146,6 +160,7 @@ class _Window:
     ends: float
     due: float
     counts: dict[str, ArmCounts]
+    cut: bool = False
 
 
 class Recorder:
@@ -187,6 +202,12 @@ class Recorder:
         self._close(now)
         self._retired = True
 
+    def cut(self, now: float) -> None:
+        """Waits for nothing any more: what has ended is reported by the next tick, as it stands."""
+        for window in self._closing:
+            window.cut = now < window.due
+            window.due = min(window.due, now)
+
     @property
     def done(self) -> bool:
         """Retired, and everything reported."""
@@ -225,12 +246,13 @@ class Recorder:
 
     def _report(self, window: _Window) -> EndpointReport:
         for name, counts in window.counts.items():
-            self._settle_counts(name, counts)
+            self._settle_counts(name, counts, limits_passed=not window.cut)
         return self.heading(tuple(self._arm_report(name, counts) for name, counts in window.counts.items()))
 
-    def _settle_counts(self, name: str, counts: ArmCounts) -> None:
+    def _settle_counts(self, name: str, counts: ArmCounts, *, limits_passed: bool) -> None:
         counts.open = False
-        if counts.pending:
+        counts.heir = None if self._retired else self._route.arms[name].counts
+        if counts.pending and limits_passed:
             for index, _ in self._route.latency_limits:
                 counts.bad[index] += counts.pending
         if self._late[name] and self.error_guards:
@@ -282,6 +304,14 @@ class WindowBook:
     def announcing(self) -> bool:
         """A revision is being served that no message has named yet: tick soon."""
         return self._announce
+
+    def finish(self, now: float) -> list[Report]:
+        """The last reports, of windows that are cut off here: the process is leaving."""
+        for endpoint in list(self._recorders):
+            self.switch(endpoint, None, now)
+        for recorder in self._leaving:
+            recorder.cut(now)
+        return self.tick(now)
 
     def next_due(self, now: float) -> float:
         """When `tick` has something to do again (math.inf: never, as things are)."""
