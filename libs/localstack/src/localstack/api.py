@@ -72,7 +72,7 @@ def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool
             running = None
         if running is None:
             # What a killed supervisor left still holds the ports that we want back.
-            process.sweep(paths.mark())
+            process.sweep(paths.mark(), paths.recorded())
             _prepare(paths.state, show, with_services)
             _spawn_supervisor(paths, with_services)
         _await_ready(paths, show)
@@ -89,7 +89,7 @@ def down(state_dir: Path) -> list[str]:
         running = paths.supervisor()
         if running is not None:
             process.stop_process(running, _STOP_S)
-        process.sweep(paths.mark())
+        process.sweep(paths.mark(), paths.recorded())
         triton.sweep(paths.state / "triton")
         s3_port = Ports(paths.state / "ports.json").get("s3")
         if s3_port is not None:

@@ -92,6 +92,10 @@ class Paths:
             return {}
         return content
 
+    def recorded(self) -> list[process.ProcessId]:
+        """The processes that the parts had when the listing was last written, whether they run or not."""
+        return [process.ProcessId(part["pid"], part["started"]) for part in self.read().get("parts", []) if part["pid"]]
+
     def supervisor(self) -> process.ProcessId | None:
         """The supervisor that runs now, if one does."""
         recorded = self.read().get("supervisor")

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +49,9 @@ def _start_time(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    state, threads, started = fields[0], int(fields[17]), int(fields[19])
+    # A killed process whose first thread has ended already still holds its ports until the last one has.
+    return None if state in "ZX" and threads <= 1 else started
 
 
 class Child:
@@ -184,18 +186,22 @@ def marked(mark: str) -> Iterator[ProcessId]:
                 yield identity
 
 
-def sweep(mark: str) -> int:
-    """Kills whatever still runs of the stack `mark`; returns how many processes that were. Blocks until they are gone."""
-    killed = 0
+def sweep(mark: str, recorded: Iterable[ProcessId] = ()) -> int:
+    """Kills whatever still runs of the stack `mark`; returns how many processes that were. Blocks until they are gone.
+
+    `recorded`: processes that are known to belong to it. One that is dying shows no mark any more, but holds its port to the end.
+    """
+    seen: set[ProcessId] = set()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        found = list(marked(mark))
-        if not found:
+        running = {identity for identity in (*recorded, *seen, *marked(mark)) if identity.alive()}
+        if not running:
             break
-        for identity in found:
-            killed += _signal(identity, signal.SIGKILL)
+        for identity in running:
+            _signal(identity, signal.SIGKILL)
+        seen |= running
         time.sleep(_POLL_S)
-    return killed
+    return len(seen)
 
 
 def trim_log(log: Path) -> None:

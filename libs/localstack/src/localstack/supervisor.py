@@ -67,7 +67,7 @@ class Supervisor:
         """Blocks until told to stop by SIGTERM or SIGINT, then stops everything in order and returns."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
-        left = process.sweep(self._stack.mark)
+        left = process.sweep(self._stack.mark, self._stack.paths.recorded())
         if left:
             _log.warning("killed %d processes that an earlier supervisor left", left)
         self._write()
