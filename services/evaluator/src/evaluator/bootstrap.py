@@ -1,0 +1,125 @@
+"""Puts the evaluator together: the only file that names its ports and its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from artifacts import S3Location
+from artifacts.s3 import S3Store
+from contracts.evaluator.v1 import service_pb2_grpc
+from contracts.eventing.v1 import service_pb2_grpc as eventing_grpc
+from contracts.registry.v1 import service_pb2_grpc as registry_grpc
+from eventing import schema as eventing_schema
+from eventing import topics
+from eventing.consumer import Consumer
+from eventing.dlq import DeadLetters
+from eventing.dlq_grpc import DeadLetterServicer
+from eventing.kafka import KafkaBroker
+from eventing.outbox import Outbox
+from eventing.relay import Relay
+from eventing.snapshots import SnapshotReader
+from jobs import JobQueue, Worker
+from servicekit import db, rpc
+from servicekit.clock import SystemClock, SystemIds
+from servicekit.lifecycle import Component
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from evaluator.adapters.deliveries import DeliveriesRead
+from evaluator.adapters.holdout import ParquetHoldout
+from evaluator.adapters.report import Reports
+from evaluator.adapters.sandbox import Limits, SandboxPredictor
+from evaluator.adapters.store import EVALUATE, SqlStore
+from evaluator.adapters.tables import SCHEMA
+from evaluator.adapters.tracker import IDEMPOTENT, TrackerDatasets
+from evaluator.domain.delivery import Deliveries
+from evaluator.entrypoints.consumer import NAME, TOPICS, Events
+from evaluator.entrypoints.grpc import ACCESS, DEAD_LETTERS, SECTIONS, SERVICE, EvaluatorServicer, SectionServicer
+from evaluator.entrypoints.translate import EventEncoder
+from evaluator.entrypoints.work import Jobs
+from evaluator.handlers import Evaluations, Evaluator, Intake
+from evaluator.settings import EvaluatorSettings
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+
+
+class _Resources:
+    """What is let go when everything that uses it has stopped."""
+
+    name = "resources"
+
+    def __init__(self, engine: AsyncEngine, broker: KafkaBroker, channel: grpc.aio.Channel) -> None:
+        self._engine = engine
+        self._broker = broker
+        self._channel = channel
+
+    async def start(self) -> None:
+        """Nothing to do: connections are made at first use."""
+
+    async def stop(self) -> None:
+        await self._channel.close()
+        await self._broker.close()
+        await self._engine.dispose()
+
+
+def build(settings: EvaluatorSettings) -> Sequence[Component]:
+    """The evaluator's components in the order in which they start."""
+    clock, ids = SystemClock(), SystemIds()
+    engine = db.create_engine(settings.database_url)
+    broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
+    channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
+    outbox = Outbox(eventing_schema.tables(SCHEMA))
+    queue = JobQueue(engine, SCHEMA, clock, ids)
+    store = SqlStore(engine, outbox, queue, EventEncoder(clock, ids))
+    objects = S3Store(
+        S3Location(
+            endpoint=settings.s3_endpoint,
+            access_key=settings.s3_access_key,
+            secret_key=settings.s3_secret_key.get_secret_value(),
+            bucket=settings.s3_bucket,
+            secure=settings.s3_secure,
+            public_endpoint=settings.s3_public_endpoint or None,
+        )
+    )
+
+    deliveries = Deliveries()
+    events = Events(Intake(deliveries, clock, ids), deliveries, DeliveriesRead(broker, settings.topic_prefix), store.on)
+    snapshots = SnapshotReader(broker, topics.DELIVERIES, events.on_delivery, settings.topic_prefix)
+    consumer = Consumer(engine, SCHEMA, broker, NAME, TOPICS, events.handlers(), settings.topic_prefix, outbox)
+
+    limits = Limits(memory_bytes=settings.worker_memory_bytes, timeout_s=settings.worker_timeout_s)
+    evaluator = Evaluator(
+        store,
+        objects,
+        TrackerDatasets(channel),
+        ParquetHoldout(),
+        SandboxPredictor(limits, isolated=settings.sandbox == "namespaces"),
+        Reports(),
+        clock,
+        max_holdout_bytes=settings.max_holdout_bytes,
+    )
+    jobs = Jobs(evaluator, store.on, store.committed)
+    worker = Worker(
+        queue,
+        {EVALUATE: jobs.evaluate},
+        concurrency=settings.evaluations_at_once,
+        on_end=jobs.on_end,
+        committed=store.committed,
+        grace_s=settings.shutdown_grace_s / 2,
+    )
+
+    server = rpc.Server(settings.grpc_address, settings, ACCESS)
+    evaluations = Evaluations(store, objects, url_ttl_s=settings.download_url_ttl_s)
+    server.add(service_pb2_grpc.add_EvaluatorServiceServicer_to_server, EvaluatorServicer(evaluations), SERVICE)
+    server.add(registry_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(), SECTIONS)
+    letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
+    server.add(eventing_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS.full_name)
+    return [
+        _Resources(engine, broker, channel),
+        Relay(settings.database_url, SCHEMA, broker, "/headrace/evaluator", settings.topic_prefix, outbox=outbox),
+        snapshots,
+        consumer,
+        worker,
+        server,
+    ]

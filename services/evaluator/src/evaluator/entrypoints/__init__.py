@@ -1,0 +1,1 @@
+"""How others reach the evaluator: gRPC, events, and its jobs."""

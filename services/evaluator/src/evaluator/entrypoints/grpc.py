@@ -1,0 +1,67 @@
+"""The evaluator's gRPC services: evaluations and their reports, and the validation of a delivery's section `evaluate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from contracts.evaluator.v1 import service_pb2 as pb
+from contracts.evaluator.v1 import service_pb2_grpc
+from contracts.eventing.v1 import service_pb2 as eventing_pb
+from contracts.registry.v1 import service_pb2 as registry_pb
+from contracts.registry.v1 import service_pb2_grpc as registry_grpc
+from servicekit.access import Rule
+from servicekit.errors import Invalid, Violation
+
+from evaluator.entrypoints import translate
+from evaluator.handlers import Evaluations
+
+SERVICE = pb.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
+SECTIONS = registry_pb.DESCRIPTOR.services_by_name["DeliverySectionService"].full_name
+DEAD_LETTERS = eventing_pb.DESCRIPTOR.services_by_name["DeadLetterService"]
+
+Context = Any
+"""grpc.aio.ServicerContext; the servicers do not look at it."""
+
+DEFAULT_PAGE = 50
+MAX_PAGE = 500
+
+_EVERYONE = frozenset({"viewer", "editor", "approver", "admin"})
+
+ACCESS = {
+    **{f"/{SERVICE}/{method}": Rule({"gateway"}, _EVERYONE) for method in ("GetEvaluation", "ListEvaluations", "GetReport")},
+    f"/{SECTIONS}/ValidateSection": Rule({"registry"}),
+    **{f"/{DEAD_LETTERS.full_name}/{method.name}": Rule({"gateway"}, {"admin"}) for method in DEAD_LETTERS.methods},
+}
+
+
+class EvaluatorServicer(service_pb2_grpc.EvaluatorServiceServicer):
+    """headrace.evaluator.v1.EvaluatorService."""
+
+    def __init__(self, evaluations: Evaluations) -> None:
+        self._evaluations = evaluations
+
+    async def GetEvaluation(self, request: pb.GetEvaluationRequest, context: Context) -> pb.GetEvaluationResponse:
+        return pb.GetEvaluationResponse(evaluation=translate.evaluation(await self._evaluations.get(request.evaluation_id)))
+
+    async def ListEvaluations(self, request: pb.ListEvaluationsRequest, context: Context) -> pb.ListEvaluationsResponse:
+        if request.page_size < 0:
+            raise Invalid("a page has a size", [Violation("page_size", "must not be negative")])
+        size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        before = translate.page_place(request.page_token)
+        page = await self._evaluations.page(request.delivery, request.run_id, before, size + 1)
+        more = len(page) > size
+        return pb.ListEvaluationsResponse(
+            evaluations=[translate.evaluation(one) for one in page[:size]],
+            next_page_token=translate.page_token(page[size - 1].evaluation_id) if more else "",
+        )
+
+    async def GetReport(self, request: pb.GetReportRequest, context: Context) -> pb.GetReportResponse:
+        url, sha256 = await self._evaluations.report(request.evaluation_id, request.format or "html")
+        return pb.GetReportResponse(url=url, sha256=sha256)
+
+
+class SectionServicer(registry_grpc.DeliverySectionServiceServicer):
+    """headrace.registry.v1.DeliverySectionService for the section `evaluate`."""
+
+    async def ValidateSection(self, request: registry_pb.ValidateSectionRequest, context: Context) -> registry_pb.ValidateSectionResponse:
+        return translate.validated(request)

@@ -1,0 +1,31 @@
+"""The evaluator's settings, read once."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, SecretStr
+from servicekit.settings import ServiceSettings
+
+
+class EvaluatorSettings(ServiceSettings):
+    service_name: ClassVar[str] = "evaluator"
+
+    tracker_address: str = Field(default="127.0.0.1:7001", description="The tracker's gRPC server, `host:port`.")
+    s3_endpoint: str = Field(default="127.0.0.1:9000", description="The object store as this service reaches it, `host:port`.")
+    s3_public_endpoint: str = Field(
+        default="", description="The object store as clients reach it, `host:port`, in presigned URLs; empty: the same."
+    )
+    s3_access_key: str = Field(default="", description="Access key of the object store.")
+    s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key of the object store.")
+    s3_bucket: str = Field(default="headrace", description="Bucket of all artifacts.")
+    s3_secure: bool = Field(default=False, description="Whether the object store is reached by TLS.")
+    download_url_ttl_s: int = Field(default=3_600, gt=0, le=7 * 86_400, description="Seconds that a presigned download URL is good for.")
+    evaluations_at_once: int = Field(default=1, gt=0, description="How many evaluations this process does at the same time.")
+    sandbox: Literal["namespaces", "none"] = Field(
+        default="namespaces",
+        description="How models run: in namespaces of their own or, where those are not allowed and the place itself is isolated, without.",
+    )
+    worker_memory_bytes: int = Field(default=4 * 1024**3, gt=0, description="Address space of the process that runs a model.")
+    worker_timeout_s: float = Field(default=900, gt=0, description="Seconds after which the process that runs a model is ended.")
+    max_holdout_bytes: int = Field(default=2 * 1024**3, gt=0, description="Largest holdout file that is read.")
