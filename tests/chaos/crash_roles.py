@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import random
 import signal
 import sys
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from eventing import topics
@@ -140,10 +142,16 @@ def compose(role: str, url: str, bootstrap: str) -> list[Background]:
     raise ValueError(f"no role {role}")
 
 
+def say_up(path: str) -> None:
+    """Tells the test that this process listens to signals."""
+    Path(path).write_text(str(os.getpid()))
+
+
 async def main(job: dict[str, Any]) -> None:
     """Runs one role until SIGTERM, or until a component fails: then the process ends with an error."""
     told = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    say_up(job["up"])
     components = compose(job["role"], job["url"], job["bootstrap"])
     for component in components:
         await component.start()

@@ -91,7 +91,7 @@ class System:
         return self.postgres.dsn.replace("postgresql://", "postgresql+asyncpg://", 1)
 
     def start(self, name: str) -> None:
-        job = {"role": ROLES[name], "url": self.url, "bootstrap": self.kafka.bootstrap}
+        job = {"role": ROLES[name], "url": self.url, "bootstrap": self.kafka.bootstrap, "up": str(self._up(name))}
         argv = [sys.executable, crash_roles.__file__, json.dumps(job)]
         self.children[name] = process.spawn(name, argv, log=self.logs / f"{name}.log", env=dict(os.environ), mark=self.logs.name)
 
@@ -147,8 +147,16 @@ class System:
             if name not in self.reviving and child.exit_code() is not None:
                 pytest.fail(f"{name} ended by itself with {child.exit_code()}; its log ends:\n{process.tail(child.log, 60)}")
 
+    def _up(self, name: str) -> Path:
+        """A file in which a role writes its pid once it listens to signals."""
+        return self.logs / f"{name}.up"
+
     async def stop(self, name: str) -> int | None:
-        """SIGTERM; returns the exit code."""
+        """SIGTERM, once the role listens to it; returns the exit code."""
+        async with asyncio.timeout(60):
+            while self._up(name).read_text() != str(self.children[name].pid):
+                self.check()
+                await asyncio.sleep(0.05)
         child = self.children.pop(name)
         await asyncio.to_thread(child.stop, 30.0)
         return child.exit_code()

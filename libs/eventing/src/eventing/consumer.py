@@ -16,14 +16,14 @@ from eventing import metrics
 from eventing.background import Background, Backoff
 from eventing.broker import Broker, Fetched, OffsetOutOfRange, Partition, Reader
 from eventing.faults import is_conflict, passes
-from eventing.inbox import Handler, HandlerFailed, Inbox, Item, LostRace, Outcome, is_invalid, read
+from eventing.inbox import Handler, HandlerFailed, Inbox, Item, LostRace, Outcome, SequenceGap, is_invalid, read
 from eventing.outbox import Outbox
 from eventing.schema import tables
 from eventing.topics import durable, ensure_topics
 from eventing.tracing import Tracing
 from eventing.watchdog import Watchdog
 
-__all__ = ["Consumer", "Handler", "UnknownValue"]
+__all__ = ["Consumer", "Handler", "Unapplied", "UnknownValue"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,10 @@ class UnknownValue(Transient):
     """An event says something that this version cannot say back: an enum value newer than the code. Never applied as a default.
 
     Tried a few times, since a newer replica may take the partition over, and then the consumer stops loudly."""
+
+
+class Unapplied(Exception):
+    """An event could be neither applied nor parked: its handler has a bug, or gave up. The cause is the handler's exception."""
 
 
 class _Fate(enum.Enum):
@@ -71,7 +75,7 @@ class Consumer(Background):
     yet, is fenced by the database.
 
     Works again by itself when Kafka or PostgreSQL were away. Stops loudly (`wait` raises) on WrongCluster, OffsetOutOfRange,
-    SequenceGap, Stuck, and on any exception of a handler that is neither Invalid nor Transient.
+    SequenceGap, Stuck, and with Unapplied on any exception of a handler that is neither Invalid nor Transient.
     """
 
     def __init__(
@@ -244,7 +248,7 @@ class Consumer(Background):
                     # The events before it, and those of other partitions, need not wait with it.
                     groups = [_without(one, item) for one in groups]
                 else:
-                    stop = failed.cause
+                    stop = _loud(item, failed.cause)
                     groups = [group[: failed.index]]
                 groups = [one for one in groups if one]
             except Exception as exc:
@@ -316,6 +320,18 @@ class Consumer(Background):
             for topic, lag in lags.items():
                 metrics.consumer_lag.set(lag, {"consumer": self.name, "topic": topic})
             self._watchdog.look(standing, ends, patience)
+
+
+def _loud(item: Item, cause: Exception) -> Exception:
+    """What the consumer fails with because of an event."""
+    if isinstance(cause, SequenceGap):
+        return cause
+    kind = item.event.type if item.event is not None else ""
+    unapplied = Unapplied(
+        f"{kind} {item.sequence} of {item.topic} {item.key}, at {item.fetched.partition} offset {item.fetched.offset}: {cause!r}"
+    )
+    unapplied.__cause__ = cause
+    return unapplied
 
 
 def _without(group: Sequence[Item], failed: Item) -> list[Item]:

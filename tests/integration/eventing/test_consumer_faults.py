@@ -1,0 +1,346 @@
+"""What a consumer does when handlers, the database, the broker or another consumer misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import pytest
+from eventing import topics
+from eventing.broker import OffsetOutOfRange, Partition, Polled
+from eventing.consumer import Unapplied, UnknownValue
+from eventing.dlq import DeadLetters
+from eventing.inbox import LostRace, SequenceGap, WrongCluster, read
+from eventing.memory import MemoryBroker
+from eventing.partitioning import partition_of
+from eventing.watchdog import Stuck
+from servicekit.errors import NotFound, Unavailable
+
+
+def apart(count):
+    """Keys of different partitions of the topic of runs."""
+    found = {}
+    for n in range(1000):
+        found.setdefault(partition_of(f"run-{n}".encode(), 12), f"run-{n}")
+    return list(found.values())[:count]
+
+
+async def failure(component):
+    """What a component fails with; waits for it."""
+    async with asyncio.timeout(20):
+        with pytest.raises(Exception) as caught:
+            await component.wait()
+    assert component.ready() is not None
+    return caught.value
+
+
+class Flaky:
+    """A handler that raises what it is told to, for some payloads, a number of times; and then works."""
+
+    def __init__(self, service, errors):
+        self._service = service
+        self.errors = {payload: list(queue) for payload, queue in errors.items()}
+        self.seen = []
+
+    async def __call__(self, conn, event):
+        self.seen.append((event.key, event.sequence))
+        await self._service.apply(conn, event)
+        queue = self.errors.get(event.payload)
+        if queue:
+            error = queue.pop(0)
+            if isinstance(error, str):
+                await conn.exec_driver_sql(f"DO $$ BEGIN RAISE EXCEPTION 'as if' USING ERRCODE = '{error}'; END $$")
+            raise error
+
+
+async def test_a_passing_error_is_tried_again_and_holds_up_its_partition_alone(local, until, counters):
+    slow, quick = apart(2)
+    handler = Flaky(local, {b"later": [Unavailable("not yet")] * 3})
+    before = counters.total("eventing.consumer.retries", consumer="reader")
+    for payload in (b"a", b"later", b"b"):
+        await local.emit(slow, payload=payload)
+        await local.emit(quick, payload=b"x")
+    await local.relay()
+    await local.consume({"run.finished": handler}, max_backoff_s=0.2)
+    await until(lambda: local.effects(quick), [1, 2, 3])
+    await until(lambda: local.effects(slow), [1, 2, 3])
+    assert handler.errors == {b"later": []}
+    assert counters.total("eventing.consumer.retries", consumer="reader") == before + 3
+    # The prefix was committed once and not applied again.
+    assert handler.seen.count((slow, 3)) == 1
+
+
+async def test_the_other_partitions_go_on_while_one_waits(local, until):
+    stuck, quick = apart(2)
+    handler = Flaky(local, {b"never": [Unavailable("for long")] * 1000})
+    await local.relay()
+    await local.consume({"run.finished": handler}, max_backoff_s=0.1)
+    await local.emit(stuck, payload=b"never")
+    await until(lambda: handler.seen.count((stuck, 1)) > 3)
+    for _ in range(5):
+        await local.emit(quick)
+    await until(lambda: local.effects(quick), [1, 2, 3, 4, 5])
+    assert await local.effects(stuck) == []
+    handler.errors.clear()
+    await until(lambda: local.effects(stuck), [1])
+
+
+@pytest.mark.parametrize("state", ["40P01", "40001"])
+async def test_a_deadlock_makes_the_batch_run_one_by_one(local, until, state):
+    handler = Flaky(local, {b"trouble": [state]})
+    for n in range(20):
+        await local.emit("run", payload=b"trouble" if n == 10 else b"fine")
+    await local.relay()
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    await local.consume({"run.finished": handler})
+    await until(lambda: local.effects("run"), list(range(1, 21)))
+    assert handler.seen.count(("run", 20)) == 1
+
+
+async def test_an_event_that_deadlocks_alone_waits_and_is_tried_again(local, until):
+    handler = Flaky(local, {b"trouble": ["40P01"] * 3})
+    await local.relay()
+    await local.consume({"run.finished": handler}, max_backoff_s=0.2)
+    await local.emit("run", payload=b"trouble")
+    await until(lambda: local.effects("run"), [1])
+    assert handler.seen == [("run", 1)] * 4
+
+
+async def test_a_bug_stops_the_consumer_loudly_after_what_came_before(local, until):
+    handler = Flaky(local, {b"bug": [ZeroDivisionError("a bug")] * 10})
+    for payload in (b"a", b"b", b"bug", b"c"):
+        await local.emit("run", payload=payload)
+    await local.relay()
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    consumer = await local.consume({"run.finished": handler})
+    error = await failure(consumer)
+    assert isinstance(error, Unapplied)
+    assert "run.finished 3 of headrace.runs run, at headrace.runs[" in str(error)
+    assert isinstance(error.__cause__, ZeroDivisionError)
+    assert await local.effects("run") == [1, 2]
+    # The corrected version goes on where it stopped.
+    await local.consume()
+    await until(lambda: local.effects("run"), [1, 2, 3, 4])
+
+
+async def test_a_value_that_this_version_does_not_know_stops_it_after_some_tries(local, until):
+    handler = Flaky(local, {b"newer": [UnknownValue("state 7")] * 10})
+    await local.relay()
+    consumer = await local.consume({"run.finished": handler}, max_backoff_s=0.05)
+    await local.emit("run", payload=b"newer")
+    error = await failure(consumer)
+    assert isinstance(error, Unapplied)
+    assert isinstance(error.__cause__, UnknownValue)
+    assert handler.seen == [("run", 1)] * 6
+    assert await local.effects("run") == []
+
+
+async def test_several_invalid_events_of_one_batch_are_parked_together(local, until):
+    for n in range(12):
+        await local.emit(f"run-{n % 4}", payload=b"broken" if n in (1, 2) else b"fine")
+    await local.relay()
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    await local.consume()
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 6)
+    assert [await local.effects(f"run-{n}") for n in range(4)] == [[1, 2, 3], [], [], [1, 2, 3]]
+
+
+async def test_a_lost_event_stops_the_consumer_loudly(local, until):
+    async with local.engine.begin() as conn:
+        await local.outbox.append(conn, [local.event("run", 1), local.event("run", 3)])
+    await local.relay()
+    consumer = await local.consume()
+    gap = await failure(consumer)
+    assert isinstance(gap, SequenceGap)
+    assert "run: event 3" in str(gap)
+    assert await local.effects("run") == [1]
+
+
+async def test_a_compacted_topic_has_gaps_by_its_nature(local, until):
+    for _ in range(4):
+        await local.emit("flights", "delivery.applied", topic=topics.DELIVERIES)
+    await local.relay()
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    local.broker.compact(topics.DELIVERIES)
+    await local.consume({"delivery.applied": local.apply}, consumes=[topics.DELIVERIES])
+    await until(lambda: local.effects("flights"), [4])
+
+
+async def test_kafka_wiped_under_a_kept_database_stops_loudly(local, until):
+    await local.relay()
+    consumer = await local.consume()
+    await local.emit("run")
+    await until(lambda: local.effects("run"), [1])
+    local.broker.wipe()
+    error = await failure(consumer)
+    assert isinstance(error, WrongCluster)
+    assert "wiped" in str(error)
+    # And so does one that starts later.
+    assert isinstance(await failure(await local.consume()), WrongCluster)
+    assert await local.effects("run") == [1]
+
+
+async def test_a_log_that_lost_its_end_stops_loudly(local, until):
+    """Wiped, and formatted with the same cluster id: the offsets tell."""
+    await local.relay()
+    consumer = await local.consume()
+    await local.emit("run")
+    await until(lambda: local.effects("run"), [1])
+    await consumer.stop()
+    partition = Partition(topics.RUNS, partition_of(b"run", 12))
+    log = local.broker.log(partition)
+    log.records.clear()
+    log.end = 0
+    assert isinstance(await failure(await local.consume()), OffsetOutOfRange)
+
+
+async def test_a_log_that_lost_its_beginning_stops_loudly(local, until):
+    await local.relay()
+    for _ in range(3):
+        await local.emit("run")
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    local.broker.delete_before(Partition(topics.RUNS, partition_of(b"run", 12)), 2)
+    assert isinstance(await failure(await local.consume()), OffsetOutOfRange)
+    assert await local.effects("run") == []
+
+
+class Zombies(MemoryBroker):
+    """A broker whose groups give every member all partitions: as if each had lost them and did not know yet."""
+
+    def group_reader(self, group, names):
+        return self.reader(names)
+
+
+async def test_a_consumer_that_lost_its_partitions_is_fenced(database, make_service, until, counters):
+    service = await make_service(database.sqlalchemy, Zombies())
+    before = counters.total("eventing.consumer.fenced", consumer="reader")
+    await service.relay()
+    for _ in range(2):
+        await service.consume()
+    count = 0
+    async with asyncio.timeout(60):
+        while counters.total("eventing.consumer.fenced", consumer="reader") < before + 3:
+            count += 1
+            await service.emit("run")
+    await until(lambda: service.effects("run"), list(range(1, count + 1)))
+
+
+async def test_two_transactions_from_the_same_position_cannot_both_commit(local, until):
+    await local.emit("run")
+    consumer = local.consumer()
+    partition = Partition(topics.RUNS, partition_of(b"run", 12))
+    relay = await local.relay()
+    await until(lambda: len(local.broker.log(partition).records), 1)
+    await relay.stop()
+    cluster = await local.broker.cluster_id()
+    positions = await consumer.inbox.positions([partition], cluster)
+    batch = [read(local.broker.log(partition).records[0], topics.RUNS, cluster)]
+    outcomes = await asyncio.gather(
+        *(consumer.inbox.apply(batch, positions, savepoints=False, cluster_id=cluster) for _ in range(4)), return_exceptions=True
+    )
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["LostRace", "LostRace", "LostRace", "Outcome"]
+    assert await local.effects("run") == [1]
+    # The sequence of a key alone would fence too: here the offset was set back, as by a restored backup.
+    async with local.engine.begin() as conn:
+        await conn.exec_driver_sql("UPDATE alpha.consumer_offset SET next_offset = 0")
+    outcome = await consumer.inbox.apply(batch, positions, savepoints=False, cluster_id=cluster)
+    assert (outcome.applied, outcome.duplicates) == (0, 1)
+    with pytest.raises(LostRace):
+        await consumer.inbox.apply(batch, positions, savepoints=False, cluster_id=cluster)
+
+
+class Deaf(MemoryBroker):
+    """A broker whose readers get their partitions and never a record: the stuck consumer that the watchdog is for."""
+
+    assigned = True
+
+    def group_reader(self, group, names):
+        reader = super().group_reader(group, names)
+        poll = reader.poll
+
+        async def silent(max_records, timeout_s):
+            polled = await poll(max_records, timeout_s)
+            return Polled([], polled.assigned if self.assigned or polled.assigned is None else frozenset())
+
+        reader.poll = silent
+        return reader
+
+
+async def test_a_partition_that_has_records_and_does_not_move_ends_the_consumer(database, make_service):
+    service = await make_service(database.sqlalchemy, Deaf())
+    await service.relay()
+    consumer = await service.consume(watchdog_s=0.4)
+    await service.emit("run")
+    assert isinstance(await failure(consumer), Stuck)
+
+
+async def test_a_consumer_without_partitions_ends_when_nobody_else_moves_either(database, make_service):
+    broker = Deaf()
+    broker.assigned = False
+    service = await make_service(database.sqlalchemy, broker)
+    await service.relay()
+    consumer = await service.consume(watchdog_s=0.2)
+    await service.emit("run")
+    assert isinstance(await failure(consumer), Stuck)
+
+
+async def test_a_broker_that_was_away_is_no_reason_to_end(local, until):
+    await local.relay()
+    consumer = await local.consume(watchdog_s=0.3)
+    await local.emit("run")
+    await until(lambda: local.effects("run"), [1])
+    local.broker.available = False
+    await local.emit("run")
+    await until(lambda: consumer.ready() is not None)
+    await asyncio.sleep(0.6)  # longer than the watchdog's limit
+    local.broker.available = True
+    await until(lambda: local.effects("run"), [1, 2])
+    await until(lambda: consumer.ready(), None)
+
+
+async def test_parked_events_of_another_service_are_not_found(local):
+    letters = DeadLetters(local.engine, local.name, [local.consumer()])
+    with pytest.raises(NotFound, match="no consumer 'stranger'; it has reader"):
+        await letters.replay("stranger", topics.RUNS, "run")
+    with pytest.raises(NotFound, match="no parked event 1"):
+        await letters.get("reader", topics.RUNS, "run", 1)
+    with pytest.raises(NotFound):
+        await letters.drop("reader", topics.RUNS, "run", 1)
+    assert (await letters.replay("reader", topics.RUNS, "run")).applied == 0
+
+
+async def test_a_replay_keeps_what_fails_for_a_passing_reason(local, until):
+    handler = Flaky(local, {})
+    await local.relay()
+    consumer = await local.consume({"run.finished": handler})
+    letters = DeadLetters(local.engine, local.name, [consumer])
+    await local.emit("run", payload=b"broken")
+    await local.emit("run", payload=b"fine")
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 2)
+    consumer.inbox.handlers["run.finished"] = Flaky(local, {b"fine": [Unavailable("not yet")]})
+    await letters.drop("reader", topics.RUNS, "run", 1)
+    with pytest.raises(Unavailable):
+        await letters.replay("reader", topics.RUNS, "run")
+    assert [letter.sequence for letter in await letters.list("reader")] == [2]
+    assert await local.effects("run") == []
+    assert (await letters.replay("reader", topics.RUNS, "run")).applied == 1
+    assert await local.effects("run") == [2]
+    # An event whose type nobody handles any more is done with, without an effect.
+    consumer.inbox.handlers["run.finished"] = handler
+    await local.emit("run", payload=b"broken")
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 1)
+    consumer.inbox.handlers.clear()
+    assert (await letters.replay("reader", topics.RUNS, "run")).applied == 1
+    assert await local.effects("run") == [2]
+
+
+async def test_dropping_the_last_parked_event_frees_the_key(local, until):
+    await local.relay()
+    consumer = await local.consume()
+    letters = DeadLetters(local.engine, local.name, [consumer])
+    await local.emit("run", payload=b"broken")
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 1)
+    letter = await letters.drop("reader", topics.RUNS, "run", 1)
+    assert letter.event_id == str(uuid.UUID(letter.event_id))
+    await local.emit("run")
+    await until(lambda: local.effects("run"), [2])
