@@ -24,19 +24,20 @@ class Service:
     peers: tuple[str, ...] = ()
     """Services that it calls: it learns their gRPC addresses."""
     s3: bool = False
-    triton: bool = False
     run_tokens: bool = False
     """Whether it issues or verifies run tokens."""
+    files: bool = False
+    """Whether it keeps local files."""
     database: bool = True
 
 
 SERVICES = (
     Service("tracker", s3=True, run_tokens=True),
-    Service("registry", peers=("tracker", "trainer", "evaluator", "deployer"), s3=True),
-    Service("trainer", peers=("tracker", "registry"), s3=True),
-    Service("evaluator", peers=("tracker", "registry"), s3=True),
-    Service("deployer", peers=("registry",), s3=True, triton=True),
-    Service("gateway", peers=("tracker", "registry", "trainer", "evaluator", "deployer"), s3=True, triton=True, run_tokens=True),
+    Service("registry", peers=("trainer", "evaluator", "deployer")),
+    Service("trainer", peers=("tracker",), s3=True, files=True),
+    Service("evaluator", peers=("tracker",), s3=True),
+    Service("deployer", s3=True),
+    Service("gateway", peers=("tracker", "registry", "trainer", "evaluator", "deployer"), run_tokens=True, files=True, database=False),
 )
 
 
@@ -78,7 +79,6 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
         "TRACE_SAMPLE_RATIO": "1.0",
         "SERVICE_TOKEN": at.tokens[service.name],
         "SERVICE_TOKEN_HASHES": hashes,
-        "STATE_DIR": str(state_dir),
         "ANNOUNCE_FILE": str(state_dir / "announce.json"),
     }
     if service.database:
@@ -91,15 +91,23 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
             "S3_SECRET_KEY": at.s3_secret_key,
             "S3_BUCKET": at.s3_bucket,
         }
-    if service.triton:
-        settings |= {"TRITON_GRPC": at.triton_grpc, "TRITON_HTTP": at.triton_http, "TRITON_SECRET": at.triton_secret}
     if service.run_tokens:
         settings["RUN_TOKEN_SECRET"] = at.run_token_secret
+    if service.files:
+        settings["STATE_DIR"] = str(state_dir)
     match service.name:
         case "registry":
-            settings["BOOTSTRAP_ADMIN_KEY_HASH"] = _sha256(at.admin_key)
+            # An API key is written hr_<id>_<secret>.
+            settings["BOOTSTRAP_ADMIN_KEY_HASH"] = f"{at.admin_key.split('_', 2)[1]}:{_sha256(at.admin_key)}"
+        case "deployer":
+            settings |= {"TRITON_GRPC": at.triton_grpc, "TRITON_HTTP": at.triton_http, "TRITON_SECRET": at.triton_secret}
         case "gateway":
-            settings |= {"GATEWAY_ADDRESS": at.gateway, "TRACES_URL": at.otlp, "TRACES_SECRET": at.traces_secret}
+            settings |= {
+                "GATEWAY_ADDRESS": at.gateway,
+                "TRITON_HTTP": at.triton_http,
+                "TRACES_URL": at.otlp,
+                "TRACES_SECRET": at.traces_secret,
+            }
         case "trainer":
             settings["GATEWAY_URL"] = f"http://{at.gateway}"
     return {f"HEADRACE_{name}": value for name, value in settings.items()}
