@@ -18,7 +18,7 @@ FULL_SECTION: dict[str, Any] = {
     "timeout": "2s",
     "rollout": {
         "window": "250ms",
-        "shadow": {"share": 1.0, "requests": 200, "only": {"input": "origin", "in": ["JFK", "LGA"]}},
+        "shadow": {"share": 1.0, "requests": 200, "only": {"input": "origin", "values": ["JFK", "LGA"]}},
         "steps": [{"weight": "5%", "requests": 40}, {"weight": "25%", "requests": 100, "time": "10s"}, {"weight": 0.5, "requests": 200}],
         "guards": [
             {"bad": "error", "margin": "5%", "at_most": "10%"},
@@ -69,8 +69,8 @@ def test_an_endpoint_is_enough() -> None:
     assert policy.on_deadline is OnDeadline.HOLD
 
 
-def test_one_value_of_an_input_may_be_written_as_equals() -> None:
-    policy = parse(changed("rollout.shadow.only", {"input": "month", "equals": 5}))
+def test_values_of_an_input_may_be_numbers() -> None:
+    policy = parse(changed("rollout.shadow.only", {"input": "month", "values": [5]}))
     assert policy.shadow is not None
     assert policy.shadow.only_values == ("5",)
 
@@ -95,10 +95,10 @@ def test_one_value_of_an_input_may_be_written_as_equals() -> None:
         ("rollout.shadow.share", 2, "rollout.shadow.share", "0% to 100%"),
         ("rollout.shadow.requests", 0, "rollout.shadow.requests", "whole number"),
         ("rollout.shadow.requests", True, "rollout.shadow.requests", "whole number"),
-        ("rollout.shadow.only", {"input": "origin"}, "rollout.shadow.only", "needs one of"),
+        ("rollout.shadow.only", {"input": "origin"}, "rollout.shadow.only.values", "not empty"),
         ("rollout.shadow.only", "JFK", "rollout.shadow.only", "expected fields"),
-        ("rollout.shadow.only.in", [], "rollout.shadow.only.in", "not empty"),
-        ("rollout.shadow.only.in", ["JFK", {}], "rollout.shadow.only.in[1]", "text or a number"),
+        ("rollout.shadow.only.values", [], "rollout.shadow.only.values", "not empty"),
+        ("rollout.shadow.only.values", ["JFK", {}], "rollout.shadow.only.values[1]", "text or a number"),
         ("rollout.shadow.only.input", "", "rollout.shadow.only.input", "not empty"),
         ("rollout.steps", [], "rollout.steps", "not be empty"),
         ("rollout.steps", {}, "rollout.steps", "expected a list"),

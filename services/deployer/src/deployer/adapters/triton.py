@@ -1,7 +1,8 @@
 """NVIDIA Triton as a runtime: models are pushed over gRPC, and nothing that Triton says about readiness is believed but an answer.
 
 Triton keeps saying "ready" after a model's process has died, says OK to a load of other bytes under a loaded name and serves the old
-ones, and does not list pushed models in its repository index. Hence: unload before load, list by statistics, warm up by inference.
+ones, and does not list pushed models in its repository index. Hence: names are never used again, models are listed by statistics, and
+ready is what has answered.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class TritonRuntime:
         self._client = triton.InferenceServerClient(grpc_address, channel_args=options)
 
     async def load(self, model: str, content: bytes, signature: Signature) -> None:
-        await self.unload(model)
+        if model in await self.models():
+            return
         files = {"file:1/model.onnx": content}
         if self._backend == "python":
             files["file:1/model.py"] = resources.files("deployer.adapters").joinpath("triton_shim.py").read_bytes()

@@ -258,26 +258,20 @@ class _Reader:
 
     def only(self, value: object) -> tuple[str, tuple[str, ...]]:
         path = "rollout.shadow.only"
-        node = self.mapping(value, path, frozenset({"input", "equals", "in"}))
+        node = self.mapping(value, path, frozenset({"input", "values"}))
         if node is None:
             return "", ()
         chosen = self.value(node, path, "input", grammar.text) or ""
-        if ("equals" in node) == ("in" in node):
-            self.wrong(path, "needs one of `equals` (a value) and `in` (a list of values)")
-            return chosen, ()
-        if "equals" in node:
-            single = self.value(node, path, "equals", grammar.scalar)
-            return chosen, () if single is None else (single,)
-        values = node["in"]
+        values = node.get("values")
         if not isinstance(values, list) or not values:
-            self.wrong(f"{path}.in", "expected a list of values that is not empty")
+            self.wrong(f"{path}.values", "expected a list of values that is not empty")
             return chosen, ()
         read: list[str] = []
         for index, item in enumerate(values):
             try:
                 read.append(grammar.scalar(item))
             except Fault as fault:
-                self.wrong(f"{path}.in[{index}]", str(fault))
+                self.wrong(f"{path}.values[{index}]", str(fault))
         return chosen, tuple(read)
 
     def steps(self, rollout: Mapping[str, Any]) -> tuple[Step, ...]:

@@ -303,8 +303,7 @@ def decide(rollout: Rollout, given: Input) -> Decision:
         case Warmed():
             return _warmed(rollout) if rollout.state is State.WARMING else (rollout, ())
         case LoadFailed():
-            failed = rollout.state in (State.PREPARING, State.WARMING)
-            return _abort(rollout, given.cause, given.message) if failed else (rollout, ())
+            return _abort(rollout, given.cause, given.message) if rollout.state in UNROUTED else (rollout, ())
         case RuntimeRestarted():
             lost = rollout.state in (State.PREPARING, State.WARMING, State.SHADOWING, State.STEPPING)
             return _abort(rollout, Cause.RUNTIME, given.message) if lost else (rollout, ())

@@ -86,6 +86,17 @@ def read_samples(text: bytes, signature: Signature) -> Samples:
     return samples
 
 
+def zeros(signature: Signature) -> Samples:
+    """One row of nothing, for a version whose run logged no samples: any answer to it will do."""
+    return Samples({tensor.name: [_zero(tensor.datatype, tensor.shape[1:])] for tensor in signature.inputs}, {})
+
+
+def _zero(datatype: str, shape: tuple[int, ...]) -> Any:
+    if not shape:
+        return {"BYTES": "", "BOOL": False}.get(datatype, 0)
+    return [_zero(datatype, shape[1:]) for _ in range(max(shape[0], 1))]
+
+
 def differences(expected: Rows, answered: Rows) -> list[str]:
     """What differs between two sets of outputs by more than PARITY, one sentence per output; empty when they are the same."""
     found: list[str] = []

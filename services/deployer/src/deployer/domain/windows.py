@@ -96,6 +96,10 @@ class Merger:
         self._seconds: dict[str, float] = {}
         self._windows = 0
 
+    def interrupted(self) -> None:
+        """What follows does not join what came before: the next merged window says so."""
+        self._gap = True
+
     def add(self, window: Window, members: AbstractSet[str]) -> list[Merged]:
         """Take one window in; return the merged windows that it completes, none to two. `members` are the gateways alive.
 

@@ -1,0 +1,366 @@
+"""A deployer on a real PostgreSQL, with broker, object store and runtime in memory, and gateways that do what gateways do."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from artifacts.blobs import blob_key
+from artifacts.memory import MemoryStore
+from contracts.deployer.v1 import events_pb2 as deploys
+from contracts.gateway.v1 import events_pb2 as traffic
+from contracts.registry.v1 import events_pb2 as registry
+from contracts.tracker.v1 import model_pb2 as models
+from deployer.adapters.memory_runtime import MemoryRuntime
+from deployer.adapters.tables import SCHEMA
+from deployer.bootstrap import MIGRATIONS, World, assemble
+from deployer.domain.signature import Rows
+from deployer.settings import DeployerSettings
+from eventing import topics
+from eventing.besteffort import BestEffortProducer
+from eventing.broker import Record
+from eventing.envelope import Event, Received, decode_headers, encode_headers
+from eventing.memory import MemoryBroker
+from eventing.snapshots import SnapshotReader
+from servicekit import migrate
+from servicekit.clock import SystemClock, SystemIds
+from servicekit.lifecycle import Component
+
+ENDPOINT = "flights"
+MODEL_ID = "0190a000-0000-7000-8000-000000000001"
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+SERVE: dict[str, Any] = {
+    "endpoint": ENDPOINT,
+    "rollout": {
+        "window": "50ms",
+        "shadow": {"share": 1.0, "requests": 40},
+        "steps": [{"weight": "10%", "requests": 40}, {"weight": "50%", "requests": 100}],
+        "guards": [
+            {"bad": "error", "margin": "40%", "at_most": "60%"},
+            {"bad": "shadow_difference", "compare": "tolerance(0.3)", "at_most": "50%"},
+        ],
+        "deadline": "2m",
+    },
+}
+
+
+def serve(**rollout: Any) -> dict[str, Any]:
+    """The serve section with other rollout fields."""
+    return {**SERVE, "rollout": {**SERVE["rollout"], **rollout}}
+
+
+async def eventually(check: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:
+    """Wait until a check (perhaps a coroutine) gives something true, and return that."""
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                found = check()
+                if isinstance(found, Awaitable):
+                    found = await found
+                if found:
+                    return found
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {within_s:g} s: {what}") from None
+
+
+@dataclass
+class Content:
+    """Bytes that stand for a model file: what MemoryRuntime makes of them."""
+
+    factor: float = 2.0
+    mark: str = ""
+
+    @property
+    def data(self) -> bytes:
+        return json.dumps({"factor": self.factor, "mark": self.mark}).encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def answer(content: bytes, inputs: Rows) -> Rows:
+    """y = factor * x."""
+    factor = json.loads(content)["factor"]
+    return {"y": [[factor * row[0]] for row in inputs["x"]]}
+
+
+class Gateway:
+    """Serves the routes it hears of, and reports windows about traffic that it makes up. `bad` by model version."""
+
+    def __init__(self, broker: MemoryBroker, name: str = "gateway-1", per_window: int = 40) -> None:
+        self.name = name
+        self.boot = uuid4().hex
+        self.per_window = per_window
+        self.bad: dict[int, float] = {}
+        self.differing: dict[int, float] = {}
+        self.deaf = False
+        self.routes: dict[str, deploys.RouteChanged] = {}
+        self.served: dict[int, int] = {}
+        self._broker = broker
+        self._sequence = itertools.count(1)
+        self._random = random.Random(7)
+        self._reader = SnapshotReader(broker, topics.ROUTES, self._heard)
+        self._producer = BestEffortProducer(broker)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._reader.start()
+        await self._producer.start()
+        self._task = asyncio.create_task(self._report())
+
+    async def stop(self, leaving: bool = True) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        if leaving:
+            self._send([], leaving=True)
+        await self._producer.stop()
+        await self._reader.stop()
+
+    def skip_windows(self, count: int = 1) -> None:
+        """Lose the next windows."""
+        for _ in range(count):
+            next(self._sequence)
+
+    def route(self) -> deploys.RouteChanged:
+        return self.routes.get(ENDPOINT, deploys.RouteChanged())
+
+    def weights(self) -> dict[int, int]:
+        return {arm.version: arm.weight_bps for arm in self.route().arms}
+
+    def _heard(self, key: str, event: Received | None) -> None:
+        if event is None or self.deaf:
+            return
+        route = deploys.RouteChanged.FromString(event.payload)
+        assert route.deleted or sum(arm.weight_bps for arm in route.arms) == 10_000
+        known = self.routes.get(key)
+        if known is None or (route.revision, route.publication) > (known.revision, known.publication):
+            self.routes[key] = route
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            self._send([self._window(route) for route in self.routes.values() if not route.deleted])
+
+    def _send(self, endpoints: Sequence[traffic.EndpointWindow], leaving: bool = False) -> None:
+        window = traffic.TrafficWindow(
+            instance=self.name,
+            boot_id=self.boot,
+            sequence=next(self._sequence),
+            duration_ms=50,
+            endpoints=endpoints,
+            leaving=leaving,
+        )
+        self._producer.send(topics.TRAFFIC, self.name, "traffic.window", window.SerializeToString())
+
+    def _window(self, route: deploys.RouteChanged) -> traffic.EndpointWindow:
+        arms = []
+        for arm in route.arms:
+            requests = self.per_window * arm.weight_bps // 10_000
+            self.served[arm.version] = self.served.get(arm.version, 0) + requests
+            bad = sum(self._random.random() < self.bad.get(arm.version, 0.0) for _ in range(requests))
+            report = traffic.ArmWindow(arm=arm.arm, requests=requests, bad={"error": bad} if requests else {}, errors=bad)
+            if route.HasField("shadow") and route.shadow.arm == arm.arm:
+                compared = self.per_window * route.shadow.share_bps // 10_000
+                report.shadow_sent = report.shadow_compared = compared
+                report.shadow_different = round(compared * self.differing.get(arm.version, 0.0))
+            arms.append(report)
+        return traffic.EndpointWindow(endpoint=route.endpoint, route_revision=route.revision, rollout_id=route.rollout_id, arms=arms)
+
+
+@dataclass
+class Stand:
+    """One deployer (or several) and the world around it."""
+
+    url: str
+    broker: MemoryBroker = field(default_factory=MemoryBroker)
+    artifacts: MemoryStore = field(default_factory=MemoryStore)
+    runtime: MemoryRuntime = field(default_factory=lambda: MemoryRuntime(answer))
+    running: list[Sequence[Component]] = field(default_factory=list)
+    gateways: list[Gateway] = field(default_factory=list)
+    sequences: dict[str, int] = field(default_factory=dict)
+
+    def settings(self) -> DeployerSettings:
+        return DeployerSettings(database_url=self.url, reconcile_s=0.2)
+
+    async def start(self) -> Sequence[Component]:
+        """Start a deployer."""
+        components = assemble(self.settings(), World(self.broker, self.artifacts, self.runtime, SystemClock(), SystemIds()))
+        for component in components:
+            await component.start()
+        self.running.append(components)
+        return components
+
+    async def stop(self, components: Sequence[Component]) -> None:
+        """Stop a deployer in good order."""
+        self.running.remove(components)
+        for component in reversed(components):
+            await component.stop()
+
+    async def gateway(self, name: str = "gateway-1", per_window: int = 40) -> Gateway:
+        gateway = Gateway(self.broker, name, per_window)
+        await gateway.start()
+        self.gateways.append(gateway)
+        return gateway
+
+    async def close(self) -> None:
+        for gateway in self.gateways:
+            await gateway.stop()
+        for components in list(self.running):
+            await self.stop(components)
+
+    async def publish(self, topic: str, kind: str, key: str, payload: bytes, traceparent: str = TRACEPARENT) -> None:
+        await topics.ensure_topics(self.broker)
+        self.sequences[f"{topic}/{key}"] = sequence = self.sequences.get(f"{topic}/{key}", 0) + 1
+        clock = SystemClock()
+        event = Event(kind, topic, key, sequence, payload, SystemIds().uuid7(), clock.now(), traceparent=traceparent)
+        self.broker.append(Record(topic, key.encode(), payload, encode_headers(event, "/headrace/registry"), 0))
+
+    async def apply(self, section: dict[str, Any] | None = None, revision: int = 1, deleted: bool = False, name: str = "flights") -> None:
+        """delivery.applied"""
+        message = registry.DeliveryApplied(
+            name=name,
+            revision=revision,
+            deleted=deleted,
+            serve_json=json.dumps(SERVE if section is None else section),
+            endpoint=ENDPOINT,
+        )
+        await self.publish(topics.DELIVERIES, "delivery.applied", name, message.SerializeToString())
+
+    async def promote(
+        self,
+        version: int,
+        content: Content | None = None,
+        *,
+        stored: bytes | None = None,
+        samples: dict[str, Any] | None = None,
+        revision: int = 1,
+        model_format: str = "onnx",
+        endpoint: str = ENDPOINT,
+    ) -> Content:
+        """model.promoted, with its file in the object store (or, with `stored`, other bytes; b"": none)."""
+        content = content or Content(mark=f"v{version}")
+        if stored is None:
+            await self.artifacts.put(blob_key(content.sha256), content.data)
+        elif stored:
+            await self.artifacts.put(blob_key(content.sha256), stored)
+        rows = json.dumps(samples or {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[content.factor], [content.factor * 3]]}})
+        kept = await self.artifacts.put(f"runs/{version}/samples.json", rows.encode())
+        message = registry.ModelPromoted(
+            version=registry.VersionRef(model_id=MODEL_ID, model="flight delays", version=version),
+            journey=registry.Journey(
+                journey_id=f"journey-{version}", delivery="flights", delivery_revision=revision, run_id=f"{version:032x}"
+            ),
+            endpoint=endpoint,
+            model=models.DeliverableModel(
+                name="model",
+                format=model_format,
+                blob=models.BlobRef(sha256=content.sha256, size_bytes=len(content.data), key=blob_key(content.sha256)),
+                signature=models.ModelSignature(
+                    inputs=[models.TensorSpec(name="x", datatype="FP32", shape=[-1, 1])],
+                    outputs=[models.TensorSpec(name="y", datatype="FP32", shape=[-1, 1])],
+                ),
+                samples=models.BlobRef(sha256=kept.sha256, size_bytes=kept.size, key=kept.key),
+            ),
+        )
+        await self.publish(topics.MODELS, "model.promoted", MODEL_ID, message.SerializeToString())
+        return content
+
+    def events(self, topic: str = topics.DEPLOYS) -> list[tuple[str, Any]]:
+        """What was published, as (type, message)."""
+        kinds: dict[str, Any] = {
+            "deploy.canary": deploys.DeployCanary,
+            "deploy.advanced": deploys.DeployAdvanced,
+            "deploy.completed": deploys.DeployCompleted,
+            "deploy.rolled_back": deploys.DeployRolledBack,
+            "deploy.superseded": deploys.DeploySuperseded,
+            "deploy.reverted": deploys.DeployReverted,
+            "route.changed": deploys.RouteChanged,
+        }
+        found = []
+        for record in self.records(topic):
+            kind = decode_headers(record.headers).type
+            found.append((kind, kinds[kind].FromString(record.value or b"")))
+        return found
+
+    def records(self, topic: str) -> list[Any]:
+        partitions = [partition for partition in self.broker._logs if partition.topic == topic]
+        return [record for partition in partitions for record in self.broker.log(partition).records]
+
+    def story(self, version: int) -> list[str]:
+        """The types of events about one version."""
+        return [kind for kind, message in self.events() if message.rollout.version.version == version]
+
+    def event(self, kind: str, version: int) -> Any:
+        return next((message for k, message in self.events() if k == kind and message.rollout.version.version == version), None)
+
+    async def ended(self, version: int, kind: str, within_s: float = 40.0) -> Any:
+        """Wait for an event about a version and return it."""
+        return await eventually(
+            lambda: self.event(kind, version), f"{kind} of version {version}; there was {self.story(version)}", within_s
+        )
+
+    async def live(self, version: int = 1) -> Gateway:
+        """Bring a first version live, with one gateway, and return that."""
+        await self.apply()
+        await self.promote(version)
+        gateway = self.gateways[0] if self.gateways else await self.gateway()
+        await self.ended(version, "deploy.completed")
+        return gateway
+
+    def deployer(self) -> Any:
+        """The handlers of the first running deployer, for what gRPC would ask."""
+        for component in self.running[0]:
+            found = getattr(component, "_deployer", None)
+            if found is not None:
+                return found
+        raise LookupError("no deployer runs")
+
+    async def held(self) -> Any:
+        """Wait until the rollout that runs is held, and return it."""
+
+        async def look() -> Any:
+            running = [record.rollout for record in await self.deployer().rollouts("", 10, "") if record.rollout.hold]
+            return running[0] if running else None
+
+        return await eventually(look, "a rollout that is held")
+
+    def weights_published(self) -> dict[int, int]:
+        """Of the newest route."""
+        route = self.events(topics.ROUTES)[-1][1]
+        return {arm.version: arm.weight_bps for arm in route.arms}
+
+    async def windows(self, count: int) -> None:
+        """Wait until gateways have reported so many windows more."""
+        before = len(self.records(topics.TRAFFIC))
+        await eventually(lambda: len(self.records(topics.TRAFFIC)) >= before + count, f"{count} windows")
+
+    def serve(self, **rollout: Any) -> dict[str, Any]:
+        return serve(**rollout)
+
+    async def eventually(self, check: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:
+        return await eventually(check, what, within_s)
+
+    def leaders(self) -> list[Any]:
+        return [c for components in self.running for c in components if type(c).__name__ == "Leader" and getattr(c, "epoch", None)]
+
+
+@pytest.fixture
+async def stand(database: Any) -> AsyncIterator[Stand]:
+    await migrate.upgrade(database.sqlalchemy, SCHEMA, MIGRATIONS)
+    made = Stand(database.sqlalchemy)
+    yield made
+    await made.close()
