@@ -163,7 +163,7 @@ class BestEffortConsumer(Background):
         """None while listening, else why not."""
         return super().ready() or (None if self._listening.is_set() else f"{self._name}: not connected")
 
-    async def listening(self) -> None:
+    async def connected(self) -> None:
         """Waits until events that are sent from now on will be passed on."""
         await self._listening.wait()
 
