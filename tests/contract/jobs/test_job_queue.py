@@ -236,6 +236,15 @@ async def test_a_cancelled_job_is_not_tried_again(queue: JobQueue) -> None:
     assert await queue.claim(["train"], "me", 60) is None
 
 
+async def test_a_cancelled_job_that_is_handed_back_is_cancelled(queue: JobQueue) -> None:
+    await add(queue)
+    job = await take(queue)
+    await cancel(queue, job.id)
+    async with queue.engine.begin() as conn:
+        assert await queue.release(conn, job) is State.CANCELLED
+    assert (await queue.get(job.id)).state is State.CANCELLED
+
+
 async def test_work_that_was_finished_before_the_cancellation_reached_it_succeeds(queue: JobQueue) -> None:
     await add(queue)
     job = await take(queue)

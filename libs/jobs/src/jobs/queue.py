@@ -219,9 +219,17 @@ class JobQueue:
         """Ends a claimed job as cancelled: what its holder does when a heartbeat told it so. Raises LeaseLost like `complete`."""
         await self._end(conn, job, "state = 'cancelled', cause = :cause, ended_at = clock_timestamp()", {"cause": cause})
 
-    async def release(self, conn: AsyncConnection, job: Job) -> None:
-        """Hands the job back unfinished, to be claimed at once by another; the attempt is not counted. Raises LeaseLost like `complete`."""
-        await self._end(conn, job, "state = 'queued', attempt = attempt - 1, run_after = clock_timestamp()", {})
+    async def release(self, conn: AsyncConnection, job: Job) -> State:
+        """Hands the job back unfinished, to be claimed at once by another; the attempt is not counted. When it was asked to be
+        cancelled meanwhile, it is cancelled; returns which. Raises LeaseLost like `complete`."""
+        changed = await self._end(
+            conn,
+            job,
+            "state = CASE WHEN cancel_requested THEN 'cancelled' ELSE 'queued' END, attempt = attempt - 1, "
+            "ended_at = CASE WHEN cancel_requested THEN clock_timestamp() END, run_after = clock_timestamp()",
+            {},
+        )
+        return State(changed.state)
 
     async def cancel(self, conn: AsyncConnection, job_id: UUID, cause: str = "cancelled") -> State:
         """Cancels a job at any time and returns its state: one that waits is cancelled now; one that runs is asked to, by its holder's

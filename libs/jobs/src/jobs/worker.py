@@ -307,7 +307,12 @@ class Worker:
             return None
         if running.why == "cancel":
             return await self._end(running, lambda conn: _then(self._queue.end_cancelled(conn, job), Ended(State.CANCELLED, "cancelled")))
-        return await self._end(running, lambda conn: _then(self._queue.release(conn, job), Ended(State.QUEUED, "handed back")))
+
+        async def hand_back(conn: AsyncConnection) -> Ended:
+            state = await self._queue.release(conn, job)
+            return Ended(state, "handed back" if state is State.QUEUED else "cancelled")
+
+        return await self._end(running, hand_back)
 
     async def _failed(self, running: _Running, cause: str, retry: bool) -> Ended | None:
         async def fail(conn: AsyncConnection) -> Ended:
