@@ -57,15 +57,21 @@ def _start_time(pid: int) -> int | None:
 class Child:
     """A process that we started. Its group (it and what it forked) is stopped together."""
 
-    def __init__(self, name: str, popen: subprocess.Popen[bytes], identity: ProcessId, log: Path) -> None:
+    def __init__(self, name: str, popen: subprocess.Popen[bytes], identity: ProcessId, log: Path, log_from: int = 0) -> None:
+        """`log_from`: where its output begins in the log."""
         self.name = name
         self.identity = identity
         self.log = log
+        self._log_from = log_from
         self._popen = popen
 
     @property
     def pid(self) -> int:
         return self.identity.pid
+
+    def last_words(self, lines: int = 15) -> str:
+        """The last lines that this process wrote to its log."""
+        return tail(self.log, lines, self._log_from)
 
     def exit_code(self) -> int | None:
         """The exit code (negative: the signal) once it has ended, else None. Does not block."""
@@ -103,7 +109,9 @@ def spawn(
     `unprivileged`: for servers that refuse to run as root: root gets a user namespace in which it is nobody; others run it as they are.
     Raises Missing when util-linux is not installed. Does not block for the process to do anything.
     """
-    command = [_tool("setpriv"), "--pdeathsig", "KILL", "--", *map(str, argv)]
+    # We may have died between the fork and the setting of the signal: then somebody else is the parent by now.
+    still_ours = ["sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    command = [_tool("setpriv"), "--pdeathsig", "KILL", "--", *still_ours, *map(str, argv)]
     if unprivileged and os.geteuid() == 0:
         # setpriv comes after unshare: a change of credentials clears the parent-death signal.
         command = [*nobody(), *command]
@@ -123,9 +131,10 @@ def spawn(
                 close_fds=True,
             )
 
+    log_from = log.stat().st_size if log.exists() else 0
     popen = _forker.submit(fork).result()
     identity = identify(popen.pid) or ProcessId(popen.pid, -1)
-    return Child(name, popen, identity, log)
+    return Child(name, popen, identity, log, log_from)
 
 
 def nobody() -> list[str]:
@@ -220,12 +229,12 @@ def trim_log(log: Path) -> None:
         file.write(tail[tail.find(b"\n") + 1 :])
 
 
-def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log, for messages."""
+def tail(log: Path, lines: int = 15, begin: int = 0) -> str:
+    """The last lines of a log, for messages; none that stands before the byte `begin`."""
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 32 * 1024))
+            file.seek(max(0, min(begin, file.tell()), file.tell() - 32 * 1024))
             return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
     except FileNotFoundError:
         return ""

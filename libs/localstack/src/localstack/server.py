@@ -8,7 +8,7 @@ from typing import Protocol
 
 from localstack.cache import Progress
 from localstack.errors import NotReady
-from localstack.process import Child, tail
+from localstack.process import Child
 
 
 class Server(Protocol):
@@ -54,9 +54,9 @@ def wait_ready(server: Server, timeout_s: float = 60, given_up: Callable[[], boo
             return
         code = child.exit_code()
         if code is not None:
-            raise NotReady(f"{server.name} ended with {code} while it started; its log ends:\n{tail(child.log)}")
+            raise NotReady(f"{server.name} ended with {code} while it started; its log ends:\n{child.last_words()}")
         if time.monotonic() > deadline:
-            raise NotReady(f"{server.name} was not ready after {timeout_s:.0f} s: {reason}; its log ends:\n{tail(child.log)}")
+            raise NotReady(f"{server.name} was not ready after {timeout_s:.0f} s: {reason}; its log ends:\n{child.last_words()}")
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.3, 0.25)
 

@@ -141,7 +141,7 @@ class Supervisor:
                 if descriptor in readable:
                     code = child.exit_code()
                     child.kill()  # what it had forked goes with it
-                    return f"ended with {code}; its log ends: {process.tail(child.log, 3)}"
+                    return f"ended with {code}; its log ends: {child.last_words(3)}"
                 if readable:
                     return "stopping"
                 reason = server.ready()
@@ -186,7 +186,7 @@ class Supervisor:
             os.close(descriptor)
         child.stop(5)
         if child.exit_code() != 0:
-            raise StackError(f"migrations or topics failed; the log ends:\n{process.tail(child.log)}")
+            raise StackError(f"migrations or topics failed; the log ends:\n{child.last_words()}")
         schemas.record_done(stack.postgres, fingerprint)
 
     def _await(self, needs: Sequence[str]) -> bool:

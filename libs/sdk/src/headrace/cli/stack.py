@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 from headrace.cli.output import JsonFlag, console, print_json, table
 from headrace.config import state_dir
-from headrace.http import InvalidInput
+from headrace.http import HeadraceError, InvalidInput
 
 StateDir = Annotated[
     Path | None, typer.Option("--state-dir", help="Where the local stack keeps everything. Default: .headrace here or above.")
@@ -33,10 +35,22 @@ def _api() -> Any:
     return api
 
 
+@contextmanager
+def _told() -> Iterator[Any]:
+    """The local stack; its errors are sentences already and end the command as ours do."""
+    api = _api()
+    from localstack.errors import StackError
+
+    try:
+        yield api
+    except StackError as error:
+        raise HeadraceError(str(error)) from None
+
+
 def up(state: StateDir = None, json: JsonFlag = False) -> None:
     """Start PostgreSQL, Kafka, S3, Triton and the six services on this machine. Starting again changes nothing."""
-    api = _api()
-    info = api.up(state or state_dir(), progress=not json)
+    with _told() as api:
+        info = api.up(state or state_dir(), progress=not json)
     if json:
         print_json(info.as_dict())
     else:
@@ -45,7 +59,8 @@ def up(state: StateDir = None, json: JsonFlag = False) -> None:
 
 def down(state: StateDir = None, json: JsonFlag = False) -> None:
     """Stop everything that `up` started. What is stored stays."""
-    stopped = _api().down(state or state_dir())
+    with _told() as api:
+        stopped = api.down(state or state_dir())
     if json:
         print_json({"stopped": stopped})
     else:
@@ -54,7 +69,8 @@ def down(state: StateDir = None, json: JsonFlag = False) -> None:
 
 def status(state: StateDir = None, json: JsonFlag = False) -> None:
     """What runs: process, port, readiness, restarts, memory."""
-    rows = _api().status(state or state_dir())
+    with _told() as api:
+        rows = api.status(state or state_dir())
     if json:
         print_json([row.as_dict() for row in rows])
     else:
@@ -73,5 +89,6 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines of each.")] = 50,
 ) -> None:
     """The logs of servers and services."""
-    for line in _api().logs(state or state_dir(), names or [], follow=follow, lines=lines):
-        print(line, flush=True)
+    with _told() as api:
+        for line in api.logs(state or state_dir(), names or [], follow=follow, lines=lines):
+            print(line, flush=True)
