@@ -26,7 +26,7 @@ from eventing.memory import MemoryBroker
 from google.protobuf.message import Message
 from pydantic import SecretStr
 from registry.bootstrap import MIGRATIONS, build
-from registry.settings import Settings
+from registry.settings import RegistrySettings
 from servicekit import migrate
 from servicekit.access import Caller, Rule, hash_secret, new_service_token
 from servicekit.clock import SystemIds
@@ -95,7 +95,7 @@ class Registry:
     """The running registry as its tests see it."""
 
     DELIVERY: ClassVar[str] = DELIVERY
-    settings: Settings
+    settings: RegistrySettings
     dsn: str
     broker: MemoryBroker
     peers: dict[str, Sections]
@@ -244,7 +244,7 @@ async def make_registry(database: Any) -> AsyncIterator[Callable[..., Awaitable[
         registry_token, registry_hash = new_service_token("registry")
         gateway_token, gateway_hash = new_service_token("gateway")
         await migrate.upgrade(database.sqlalchemy, "registry", MIGRATIONS)
-        peer_settings = Settings(service_token_hashes=f"registry={registry_hash}")
+        peer_settings = RegistrySettings(service_token_hashes=f"registry={registry_hash}")
         peers, servers, ports = {}, {}, {}
         for section in ("train", "evaluate", "serve"):
             peers[section] = Sections()
@@ -252,7 +252,7 @@ async def make_registry(database: Any) -> AsyncIterator[Callable[..., Awaitable[
             servers[section].add(service_pb2_grpc.add_DeliverySectionServiceServicer_to_server, peers[section], VALIDATION)
             ports[section] = await servers[section].start()
             components.append(servers[section])
-        settings = Settings(
+        settings = RegistrySettings(
             database_url=database.sqlalchemy,
             service_token=SecretStr(registry_token),
             service_token_hashes=f"gateway={gateway_hash}",
@@ -271,7 +271,7 @@ async def make_registry(database: Any) -> AsyncIterator[Callable[..., Awaitable[
             components.append(component)
             await component.start()
         to_registry = channel(
-            f"127.0.0.1:{server.listening()['grpc']}", Settings(service_token=SecretStr(gateway_token), service_token_hashes="")
+            f"127.0.0.1:{server.listening()['grpc']}", RegistrySettings(service_token=SecretStr(gateway_token), service_token_hashes="")
         )
         channels.append(to_registry)
         return Registry(

@@ -20,7 +20,7 @@ from eventing.kafka import KafkaBroker
 from eventing.snapshots import SnapshotReader
 from pydantic import SecretStr
 from registry.adapters import tables
-from registry.settings import Settings
+from registry.settings import RegistrySettings
 from servicekit.access import Caller, new_service_token
 from servicekit.rpc import acting_for, channel
 
@@ -78,7 +78,7 @@ async def test_it_starts_from_settings_alone_and_tells_kafka(
         await reader.stop()
         await broker.close()
     assert snapshot.hash == "a" * 64
-    connection = channel(f"127.0.0.1:{ports['grpc']}", Settings(service_token=SecretStr(token)))
+    connection = channel(f"127.0.0.1:{ports['grpc']}", RegistrySettings(service_token=SecretStr(token)))
     try:
         with acting_for(Caller("gateway", "root", frozenset({"admin"}))):
             keys = await service_pb2_grpc.AccessServiceStub(connection).ListApiKeys(service_pb2.ListApiKeysRequest(), timeout=20)

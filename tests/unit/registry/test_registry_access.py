@@ -12,7 +12,7 @@ from registry.domain import access, errors
 from registry.domain.errors import DeliveryInvalid, DomainError, Malformed, Problem
 from registry.entrypoints.grpc import ACCESS, RULES
 from registry.handlers.telling import KINDS, told
-from registry.settings import Settings
+from registry.settings import RegistrySettings
 from servicekit.access import Caller, authorize
 from servicekit.errors import Forbidden, HeadraceError, Invalid, Violation
 
@@ -111,8 +111,8 @@ def test_an_invalid_file_keeps_its_lines() -> None:
 
 
 def test_webhooks_need_a_secret() -> None:
-    def given(url: str, secret: str) -> Settings:
-        return Settings(webhook_url=url, webhook_secret=secret)  # type: ignore[arg-type]  # pydantic makes it secret
+    def given(url: str, secret: str) -> RegistrySettings:
+        return RegistrySettings(webhook_url=url, webhook_secret=secret)  # type: ignore[arg-type]  # pydantic makes it secret
 
     assert given("https://example.com/hook", "0123456789abcdef").webhook_url
     for url, secret in (("https://example.com", "short"), ("ftp://example.com", "0123456789abcdef")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from servicekit.main import main
 
 from registry.bootstrap import MIGRATIONS, build
-from registry.settings import Settings
+from registry.settings import RegistrySettings
 
 if __name__ == "__main__":
-    main(Settings, build, MIGRATIONS)
+    main(RegistrySettings, build, MIGRATIONS)

@@ -33,7 +33,7 @@ from registry.handlers.access import Access
 from registry.handlers.audit import AuditTrail
 from registry.handlers.deliveries import Deliveries
 from registry.handlers.versions import VersionEvents, Versions
-from registry.settings import Settings
+from registry.settings import RegistrySettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
@@ -75,7 +75,7 @@ class _FirstKey:
         """Nothing to let go."""
 
 
-def build(settings: Settings, broker: Broker | None = None) -> Sequence[Component]:
+def build(settings: RegistrySettings, broker: Broker | None = None) -> Sequence[Component]:
     """The registry's components in the order in which they start; `broker` in place of Kafka, for tests."""
     clock, ids = SystemClock(), SystemIds()
     engine = db.create_engine(settings.database_url)

@@ -8,7 +8,7 @@ from pydantic import Field, SecretStr, model_validator
 from servicekit.settings import ServiceSettings
 
 
-class Settings(ServiceSettings):
+class RegistrySettings(ServiceSettings):
     """The shared settings and the registry's own."""
 
     service_name: ClassVar[str] = "registry"
@@ -30,7 +30,7 @@ class Settings(ServiceSettings):
     webhook_allow_private: bool = Field(default=False, description="Whether webhooks may go to private, loopback and link-local addresses.")
 
     @model_validator(mode="after")
-    def _signs_webhooks(self) -> Settings:
+    def _signs_webhooks(self) -> RegistrySettings:
         if self.webhook_url and not self.webhook_url.startswith(("http://", "https://")):
             raise ValueError("HEADRACE_WEBHOOK_URL must begin with http:// or https://")
         if self.webhook_url and len(self.webhook_secret.get_secret_value()) < 16:

@@ -115,7 +115,7 @@ def read(text: str) -> tuple[DeliveryFile, list[Problem]]:
     approvals = check.approvals(promote)
     endpoint = ""
     if "serve" in top:
-        endpoint = check.name(check.mapping(top, "serve"), "serve.endpoint", _NAME, _NAME_RULE)
+        endpoint = check.name(check.mapping(top, "serve"), "serve.endpoint", _LABEL, _LABEL_RULE)
     if "train" in top:
         check.mapping(top, "train")
     sections = {name: top[name] for name in (*FOREIGN_SECTIONS, "promote") if isinstance(top.get(name), dict)}

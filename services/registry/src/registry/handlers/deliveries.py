@@ -126,11 +126,13 @@ class Deliveries:
         )
         loosened: list[str] = []
         failures: list[BaseException] = []
+        said = {problem.field for problem in problems}
         for section, answer in zip(asked, answers, strict=True):
             if isinstance(answer, BaseException):
                 failures.append(answer)
                 continue
-            problems += [_located(file, section, field, message) for field, message in answer.problems]
+            found = [_located(file, section, field, message) for field, message in answer.problems]
+            problems += [problem for problem in found if problem.field not in said]  # ours come first
             loosened += [_within(section, field) for field in answer.loosened]
         if problems:  # worth telling even when a service that would find more is away
             raise DeliveryInvalid(problems)
