@@ -78,6 +78,16 @@ def java() -> Path:
     return Path(spec.origin).parent / "java-runtime" / "bin" / "java"
 
 
+def fetch(progress: Progress) -> Path:
+    """The folder with the jars; beside it the class archive. Made once per machine. Blocks; safe to call from several processes.
+
+    Raises StackError.
+    """
+    jar_folder = jars.fetch(progress)
+    _make_archive(jar_folder, progress)
+    return jar_folder
+
+
 class Kafka:
     """One broker with its data in `directory`. Methods block and are safe to repeat."""
 
@@ -104,9 +114,7 @@ class Kafka:
 
     def prepare(self, progress: Progress) -> None:
         """Fetches the jars (once per machine), warms up the class archive, and formats the storage on first use."""
-        jar_folder = jars.fetch(progress)
-        if self._warm:
-            _make_archive(jar_folder, progress)
+        jar_folder = fetch(progress) if self._warm else jars.fetch(progress)
         if (self.directory / "data" / "meta.properties").exists():
             return
         progress.step(self.name, "formatting the storage")
