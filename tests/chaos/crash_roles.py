@@ -165,5 +165,4 @@ async def main(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it logs every refused connection
     asyncio.run(main(json.loads(sys.argv[1])))

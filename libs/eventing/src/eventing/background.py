@@ -9,6 +9,9 @@ import random
 
 _log = logging.getLogger(__name__)
 
+_CANCELLED_S = 6.0
+"""How long cancelled work may take to close its connections."""
+
 
 class Backoff:
     """Seconds to wait before trying again: doubling from `first_s` to `most_s`, with a quarter of jitter either way."""
@@ -31,7 +34,8 @@ class Backoff:
 class Background:
     """Runs `_run` until `stop`. A subclass returns from `_run` soon after `self._stopping` is set, and raises to fail loudly."""
 
-    def __init__(self, name: str, stop_timeout_s: float = 10.0) -> None:
+    def __init__(self, name: str, stop_timeout_s: float = 3.0) -> None:
+        """`stop_timeout_s`: how long `stop` lets running work end before it cancels it. Cancelled work is done again after the next start."""
         self._name = name
         self._stop_timeout_s = stop_timeout_s
         self._stopping = asyncio.Event()
@@ -49,7 +53,7 @@ class Background:
         self._task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
-        """Stops: lets the running batch end, then cancels. Returns within the stop time-out. May be repeated."""
+        """Stops: lets running work end, then cancels it. Returns within a few seconds, also when servers are away. May be repeated."""
         self._stopping.set()
         self._wake()
         if self._task is None or self._task.done():
@@ -58,7 +62,7 @@ class Background:
         if not self._task.done():
             _log.warning("%s does not stop: cancelled", self._name)
             self._task.cancel()
-            await asyncio.wait({self._task}, timeout=self._stop_timeout_s)
+            await asyncio.wait({self._task}, timeout=_CANCELLED_S)
 
     async def wait(self) -> None:
         """Returns when the component has stopped; raises what made it fail."""

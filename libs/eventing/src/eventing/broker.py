@@ -80,7 +80,7 @@ class Producer(Protocol):
 
     async def start(self) -> None: ...
 
-    async def send(self, records: Sequence[Record], timeout_s: float = 30.0) -> Sequence[BaseException | None]:
+    async def send(self, records: Sequence[Record], timeout_s: float = 10.0) -> Sequence[BaseException | None]:
         """Sends and waits for the acknowledgement of all in-sync replicas; one outcome per record, None = acknowledged.
 
         Within a partition the order of `records` is kept, and nothing is acknowledged behind a record that was not. A record that
@@ -88,8 +88,8 @@ class Producer(Protocol):
         """
         ...
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
-        """Gives up what is not sent yet and closes the connections. Never raises, returns within about `timeout_s`."""
+    async def stop(self, timeout_s: float = 1.5) -> None:
+        """Gives up what is not sent yet and closes the connections. Never raises, returns within about twice `timeout_s`."""
         ...
 
 
@@ -118,8 +118,8 @@ class Reader(Protocol):
         """No records of this partition until the next `seek`."""
         ...
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
-        """Leaves the group and closes the connections. Never raises, returns within about `timeout_s`."""
+    async def stop(self, timeout_s: float = 1.5) -> None:
+        """Leaves the group and closes the connections. Never raises, returns within about twice `timeout_s`."""
         ...
 
 

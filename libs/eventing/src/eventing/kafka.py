@@ -41,6 +41,10 @@ class KafkaBroker:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """`session_timeout_s`: after this long without a sign of life a member's partitions go to the others of its group."""
+        own_log = logging.getLogger("aiokafka")
+        if own_log.level == logging.NOTSET:
+            # It logs an error for each of its ten attempts a second while a broker is away; we say that ourselves, with a backoff.
+            own_log.setLevel(logging.CRITICAL)
         self._common = {
             **(options or {}),
             "bootstrap_servers": bootstrap,
@@ -117,7 +121,7 @@ class KafkaBroker:
     async def _drop_inspector(self) -> None:
         inspector, self._inspector = self._inspector, None
         if inspector is not None:
-            await _quietly(inspector.stop(), 5.0, "an inspecting consumer")
+            await _quietly(inspector.stop(), 1.5, "an inspecting consumer")
 
     async def _administer(self, ask: Any) -> Any:
         admin = AIOKafkaAdminClient(**self._common)
@@ -127,7 +131,7 @@ class KafkaBroker:
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
         finally:
-            await _quietly(admin.close(), 5.0, "an admin client")
+            await _quietly(admin.close(), 1.5, "an admin client")
 
 
 class _KafkaProducer:
@@ -144,7 +148,7 @@ class _KafkaProducer:
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
 
-    async def send(self, records: Sequence[Record], timeout_s: float = 30.0) -> Sequence[BaseException | None]:
+    async def send(self, records: Sequence[Record], timeout_s: float = 10.0) -> Sequence[BaseException | None]:
         outcomes: list[BaseException | None] = [None] * len(records)
         try:
             async with asyncio.timeout(timeout_s):
@@ -198,7 +202,7 @@ class _KafkaProducer:
             raise RuntimeError("the producer is not started, or stopped")
         return self._producer
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float = 1.5) -> None:
         producer, self._producer = self._producer, None
         if producer is None:
             return
@@ -329,7 +333,7 @@ class _KafkaReader:
             raise RuntimeError("the reader is not started, or stopped")
         return self._consumer
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float = 1.5) -> None:
         consumer, self._consumer = self._consumer, None
         if consumer is not None and not await _quietly(consumer.stop(), timeout_s, "a consumer"):
             await _quietly(consumer._client.close(), timeout_s, "a consumer's client")
@@ -363,7 +367,7 @@ async def _quietly(work: Coroutine[Any, Any, Any], timeout_s: float, what: str) 
     done, _ = await asyncio.wait({task}, timeout=timeout_s)
     if not done:
         task.cancel()
-        await asyncio.wait({task}, timeout=1.0)
+        await asyncio.wait({task}, timeout=0.1)
         _log.warning("%s did not close within %g s and was abandoned", what, timeout_s)
         return False
     if not task.cancelled() and (exc := task.exception()) is not None:

@@ -152,7 +152,7 @@ class _MemoryProducer:
     async def start(self) -> None:
         self._broker.check()
 
-    async def send(self, records: Sequence[Record], timeout_s: float = 30.0) -> Sequence[BaseException | None]:
+    async def send(self, records: Sequence[Record], timeout_s: float = 10.0) -> Sequence[BaseException | None]:
         await asyncio.sleep(0)
         outcomes: list[BaseException | None] = []
         for record in records:
@@ -165,7 +165,7 @@ class _MemoryProducer:
                 outcomes.append(None)
         return outcomes
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float = 1.5) -> None:
         """Nothing is held open."""
 
 
@@ -233,6 +233,6 @@ class _MemoryReader:
     def pause(self, partition: Partition) -> None:
         self._positions.pop(partition, None)
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float = 1.5) -> None:
         if self._group is not None:
             self._broker.leave(self._group, self)
