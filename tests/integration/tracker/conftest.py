@@ -92,6 +92,7 @@ def _starter(
         s3_bucket=s3.bucket,
         run_token_secret=SECRET,
         lease_check_s=0.1,
+        lease_grace_s=0,
     )
 
     async def start() -> Running:

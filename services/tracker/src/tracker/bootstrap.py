@@ -80,6 +80,6 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     return [
         _Resources(engine, broker, deliverables),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
-        LeaseWatch(tracker, settings.lease_check_s),
+        LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),
         server,
     ]

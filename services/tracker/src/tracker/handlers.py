@@ -236,6 +236,11 @@ class Tracker:
             run = await self._end(work, run, Status(status), finished_ms or self._now_ms(), reason)
             return RunView(run, (await work.runs.facts([run_id]))[run_id])
 
+    async def ping(self) -> None:
+        """Raises when the store does not answer."""
+        async with self._store.transaction() as work:
+            await work.experiments.get(0)
+
     async def fail_expired(self, limit: int = 50) -> int:
         """Ends runs whose lease is over by the database's clock; returns how many. Safe to run in several processes at once."""
         async with self._store.transaction() as work:

@@ -22,4 +22,9 @@ class TrackerSettings(ServiceSettings):
     run_token_secret: SecretStr = Field(min_length=16, description="Signs run tokens; the same as the gateway's, which verifies them.")
     run_token_ttl_s: int = Field(default=7 * 86_400, gt=0, description="Seconds that a run token is good for.")
     lease_check_s: float = Field(default=1.0, gt=0, description="Seconds between two looks for runs whose lease is over.")
+    lease_grace_s: float = Field(
+        default=30,
+        ge=0,
+        description="Seconds after a start, or after the database was away, before a lease is found over: holders renew first.",
+    )
     download_url_ttl_s: int = Field(default=3_600, gt=0, le=7 * 86_400, description="Seconds that a presigned download URL is good for.")

@@ -1,0 +1,176 @@
+"""Puts the trainer together, the service and the process of an attempt: the only file that names its ports and its adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from artifacts import ArtifactStore, S3Location
+from artifacts.s3 import S3Store
+from contracts.registry.v1 import service_pb2_grpc as registry_pb2_grpc
+from contracts.tracker.v1 import service_pb2_grpc as tracker_pb2_grpc
+from contracts.trainer.v1 import service_pb2_grpc
+from eventing import schema as eventing_schema
+from eventing import topics
+from eventing.kafka import KafkaBroker
+from eventing.outbox import Outbox
+from eventing.relay import Relay
+from eventing.snapshots import SnapshotReader
+from jobs import JobQueue, Worker
+from servicekit import db, rpc
+from servicekit.clock import Clock, Ids, SystemClock, SystemIds
+from servicekit.lifecycle import Component
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from trainer.adapters.logs import LogFiles, log_file
+from trainer.adapters.store import KIND, SqlStore
+from trainer.adapters.tables import SCHEMA
+from trainer.adapters.tracker import IDEMPOTENT, GrpcTracker
+from trainer.domain.training import Resources
+from trainer.entrypoints.attempts import Attempts, Recovery, StateFolder
+from trainer.entrypoints.deliveries import DeliveryRecords
+from trainer.entrypoints.grpc import ACCESS, SECTION_SERVICE, SERVICE, SectionServicer, TrainerServicer
+from trainer.entrypoints.translate import EventEncoder
+from trainer.handlers import Trainer
+from trainer.runner.attempt import Attempt, Options
+from trainer.runner.keeper import Claim
+from trainer.runner.log import Log
+from trainer.runner.source import SourceFetcher
+from trainer.runner.venv import Venvs
+from trainer.settings import TrainerSettings
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+_URL_TTL_S = 3_600
+
+
+class _Resources:
+    """What is let go when everything that uses it has stopped."""
+
+    name = "resources"
+
+    def __init__(self, engine: AsyncEngine, broker: KafkaBroker) -> None:
+        self._engine = engine
+        self._broker = broker
+
+    async def start(self) -> None:
+        """Nothing to do: connections are made at first use."""
+
+    async def stop(self) -> None:
+        await self._broker.close()
+        await self._engine.dispose()
+
+
+def build(settings: TrainerSettings) -> Sequence[Component]:
+    """The trainer's components in the order in which they start."""
+    clock, ids = SystemClock(), SystemIds()
+    engine = db.create_engine(settings.database_url)
+    broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
+    queue = JobQueue(engine, SCHEMA, clock, ids)
+    outbox = Outbox(eventing_schema.tables(SCHEMA))
+    store = SqlStore(engine, queue, outbox, EventEncoder(clock, ids))
+    trainer = _trainer(settings, store, _objects(settings), clock, ids)
+    attempts = Attempts(trainer, store, _state_dir(settings))
+    folder = StateFolder(_state_dir(settings))
+    worker = Worker(
+        queue,
+        {KIND: attempts.handle},
+        settings.training_slots,
+        settings.job_lease_s,
+        on_end=attempts.on_end,
+        committed=attempts.committed,
+        grace_s=0.0,
+        name="trainings",
+    )
+    server = rpc.Server(settings.grpc_address, settings, ACCESS)
+    server.add(service_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(trainer), SERVICE)
+    server.add(registry_pb2_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(trainer), SECTION_SERVICE)
+    return [
+        _Resources(engine, broker),
+        folder,
+        Relay(settings.database_url, SCHEMA, broker, "/headrace/trainer", settings.topic_prefix, outbox=outbox),
+        SnapshotReader(broker, topics.DELIVERIES, DeliveryRecords(trainer), settings.topic_prefix),
+        Recovery(folder, queue, attempts),
+        worker,
+        server,
+    ]
+
+
+@asynccontextmanager
+async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) -> AsyncIterator[tuple[Attempt, JobQueue]]:
+    """The process of one attempt: its work, and the queue whose lease it keeps."""
+    clock, ids = SystemClock(), SystemIds()
+    async with AsyncExitStack() as stack:
+        engine = db.create_engine(settings.database_url, pool_size=3)
+        stack.push_async_callback(engine.dispose)
+        queue = JobQueue(engine, SCHEMA, clock, ids)
+        store = SqlStore(engine, queue, Outbox(eventing_schema.tables(SCHEMA)), EventEncoder(clock, ids))
+        objects = _objects(settings)
+        trainer = _trainer(settings, store, objects, clock, ids)
+        channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
+        stack.push_async_callback(channel.close)
+        log = Log(log_file(_state_dir(settings), claim.training_id), settings.max_log_bytes)
+        stack.callback(log.close)
+        yield (
+            Attempt(
+                claim.training_id,
+                claim.attempt,
+                claim.fencing_token,
+                folder,
+                log,
+                trainer=trainer,
+                tracker=GrpcTracker(tracker_pb2_grpc.TrackerServiceStub(channel)),
+                sources=SourceFetcher(objects, settings.max_source_bytes),
+                venvs=Venvs(_state_dir(settings) / "venvs"),
+                objects=objects,
+                clock=clock,
+                options=Options(
+                    url=settings.public_url,
+                    sdk=_sdk(),
+                    run_lease_s=settings.run_lease_s,
+                    visible=[Path(path) for path in settings.sandbox_visible.split(":") if path],
+                ),
+            ),
+            queue,
+        )
+
+
+def _trainer(settings: TrainerSettings, store: SqlStore, objects: ArtifactStore, clock: Clock, ids: Ids) -> Trainer:
+    return Trainer(
+        store,
+        objects,
+        LogFiles(_state_dir(settings)),
+        clock,
+        ids,
+        defaults=Resources(1, settings.default_memory_bytes, settings.default_timeout_s, settings.default_disk_bytes),
+        most=Resources(0, settings.max_memory_bytes, settings.max_timeout_s, settings.max_disk_bytes),
+        max_attempts=settings.max_attempts,
+        max_source_bytes=settings.max_source_bytes,
+        url_ttl_s=_URL_TTL_S,
+    )
+
+
+def _objects(settings: TrainerSettings) -> ArtifactStore:
+    return S3Store(
+        S3Location(
+            endpoint=settings.s3_endpoint,
+            access_key=settings.s3_access_key,
+            secret_key=settings.s3_secret_key.get_secret_value(),
+            bucket=settings.s3_bucket,
+            secure=settings.s3_secure,
+            public_endpoint=settings.s3_public_endpoint or None,
+        )
+    )
+
+
+def _state_dir(settings: TrainerSettings) -> Path:
+    return settings.state_dir.absolute()
+
+
+def _sdk() -> Path:
+    """The folder of the `headrace` package, without importing it: training scripts see it, the trainer does not use it."""
+    spec = importlib.util.find_spec("headrace")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package headrace is not installed beside the trainer")
+    return Path(spec.origin).parent

@@ -1,0 +1,1 @@
+"""How calls, deliveries and jobs reach the trainer."""

@@ -1,0 +1,262 @@
+"""Runs one command in a sandbox of Linux namespaces: it sees the folders that it is given, read-only but for its own limited space, and
+is killed when it uses more memory, time or processes than it may. Needs no root, no daemon and no cgroup.
+
+The memory of all its processes is polled, since an ordinary user has no cgroups. When this process dies, however it dies, everything in
+the sandbox dies with it (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from servicekit.errors import Invalid
+
+from trainer.runner.sandbox_init import HOME, SOURCE, WORK
+
+POLL_S = 0.1
+MAX_PROCESSES = 2_000
+_KILLED_S = 10.0
+_INIT = Path(__file__).with_name("sandbox_init.py")
+
+SYSTEM = ("/usr", "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/localtime")
+"""What of the system a command sees, besides the dynamic linker's files; what is not there is left out."""
+
+_LINKER = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
+_ROOTS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_GPUS = ("/dev/nvidia", "/dev/dri", "/dev/kfd")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a command may use: resident memory of all its processes together, space for files, seconds."""
+
+    memory_bytes: int
+    disk_bytes: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run. It starts in WORK, into which `source` (if any) is copied; `source` itself is seen read-only at SOURCE.
+
+    `visible` are files and folders seen read-only at their own paths or, as (path, place), elsewhere; `writable` ones may be changed.
+    The environment is all that it gets, but for HOME and TMPDIR.
+    """
+
+    words: Sequence[str]
+    environment: Mapping[str, str]
+    source: Path | None = None
+    visible: Sequence[Path | tuple[Path, str]] = ()
+    writable: Sequence[Path] = ()
+
+
+@dataclass(slots=True)
+class Ended:
+    """How a command ended. `code` is negative for a signal, as subprocess has it. `killed` says why this process killed it, "" if it
+    did not; `full` that it had no space for files left; `error` that it could not be started."""
+
+    code: int = -1
+    killed: str = ""
+    full: bool = False
+    error: str = ""
+    peak_memory_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What is seen of a running sandbox from outside."""
+
+    killed: str = ""
+    peak: int = 0
+    init: psutil.Process | None = field(default=None)
+
+
+async def run(command: Command, limits: Limits, folder: Path, output: Callable[[bytes], None]) -> Ended:
+    """Runs a command to its end and hands on what it prints. `folder` is an empty folder on the outside, for the sandbox's root.
+
+    When cancelled it kills the command and returns (by raising) after the last process is gone. Raises Invalid when this machine
+    has no user namespaces.
+    """
+    root = folder / "root"
+    root.mkdir(parents=True, exist_ok=True)
+    spec_file = folder / "sandbox.json"
+    spec_file.write_text(json.dumps(_spec(command, limits, root)))
+    result, result_end = os.pipe()
+    try:
+        words = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork"]
+        words += ["--kill-child", "--", sys._base_executable, "-I", "-S", str(_INIT), str(spec_file), str(result_end)]  # type: ignore[attr-defined]  # CPython has it
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            pass_fds=(result_end,),
+            start_new_session=True,
+        )
+        os.close(result_end)
+        result_end = -1
+        watch = _Watch()
+        try:
+            watching = asyncio.create_task(_watch(process, limits, watch), name="sandbox watch")
+            try:
+                await _drain(process, output)
+                await process.wait()
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+        finally:
+            await _kill(process)
+        return _ended(os.read(result, 65536), watch)
+    finally:
+        os.close(result)
+        if result_end >= 0:
+            os.close(result_end)
+
+
+async def check() -> None:
+    """Raises Invalid, saying what is missing, when this machine cannot make sandboxes."""
+    said = bytearray()
+    with tempfile.TemporaryDirectory(prefix="headrace-sandbox-") as folder:
+        ended = await run(Command(["/bin/true"], {}), Limits(2**30, 2**20, 60), Path(folder), said.extend)
+    if ended.code != 0:
+        raise Invalid(f"this machine cannot run training in a sandbox: {ended.error or said.decode(errors='replace').strip() or ended}")
+
+
+def visible_python(prefix: Path) -> list[Path | tuple[Path, str]]:
+    """What a command must see to run the interpreter that the environment at `prefix` was made from."""
+    base = Path(sys.base_prefix)
+    return [prefix] if base.is_relative_to("/usr") else [base, prefix]
+
+
+def _spec(command: Command, limits: Limits, root: Path) -> dict[str, Any]:
+    binds: list[tuple[str, str, bool]] = []
+    links: dict[str, str] = {}
+    for path in (*SYSTEM, *_LINKER):
+        if os.path.exists(path):
+            binds.append((os.path.realpath(path), path, False))
+    for path in _ROOTS:
+        if os.path.islink(path):
+            links[path] = os.readlink(path)
+        elif os.path.isdir(path):
+            binds.append((path, path, False))
+    binds.append(("/sys", "/sys", False))
+    for visible in command.visible:
+        source, place = visible if isinstance(visible, tuple) else (visible, str(visible))
+        binds.append((str(source), place, False))
+    binds += [(str(path), str(path), True) for path in command.writable]
+    space = limits.disk_bytes
+    if command.source is not None:
+        binds.append((str(command.source), SOURCE, False))
+        space += _size(command.source)
+    return {
+        "root": str(root),
+        "binds": binds,
+        "links": links,
+        "files": {"/etc/passwd": f"user:x:0:0::{HOME}:/bin/sh\n", "/etc/group": "user:x:0:\n"},
+        "devices": sorted(f"/dev/{name}" for name in os.listdir("/dev") if f"/dev/{name}".startswith(_GPUS)),
+        "space_bytes": space,
+        "copies_source": command.source is not None,
+        "folder": WORK,
+        "command": list(command.words),
+        "environment": {**command.environment, "HOME": HOME, "TMPDIR": "/tmp"},  # noqa: S108 - its own /tmp, in the sandbox
+        "limits": {"CORE": 0, "NOFILE": 65_536, "NPROC": 2 * MAX_PROCESSES},
+    }
+
+
+def _size(folder: Path) -> int:
+    """Bytes that a copy takes on a tmpfs: whole pages, one more for each entry."""
+    page = 4096
+    total = 0
+    for parent, folders, files in os.walk(folder):
+        total += page * (len(files) + len(folders))
+        for name in files:
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                size = os.lstat(os.path.join(parent, name)).st_size
+                total += (size + page - 1) // page * page
+    return total
+
+
+async def _drain(process: asyncio.subprocess.Process, output: Callable[[bytes], None]) -> None:
+    """Hands on the output until its last writer is gone."""
+    stream = process.stdout
+    if stream is not None:
+        while chunk := await stream.read(65536):
+            output(chunk)
+
+
+async def _watch(process: asyncio.subprocess.Process, limits: Limits, watch: _Watch) -> None:
+    """Polls what the command uses, and kills the sandbox when that is too much."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limits.timeout_s
+    while True:
+        used, count = _used(process.pid, watch)
+        watch.peak = max(watch.peak, used)
+        if used > limits.memory_bytes:
+            watch.killed = f"out of memory: used {human(used)} of {human(limits.memory_bytes)}"
+        elif count > MAX_PROCESSES:
+            watch.killed = f"too many processes: {count}, at most {MAX_PROCESSES}"
+        elif loop.time() >= deadline:
+            watch.killed = f"timed out after {limits.timeout_s:g} s"
+        if watch.killed:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            return
+        await asyncio.sleep(POLL_S)
+
+
+def _used(pid: int, watch: _Watch) -> tuple[int, int]:
+    """Resident bytes and number of the command's processes; those of the sandbox itself do not count."""
+    try:
+        if watch.init is None:
+            watch.init = next(iter(psutil.Process(pid).children()), None)
+            return 0, 0
+        processes = watch.init.children(recursive=True)
+    except psutil.Error:
+        return 0, 0
+    used = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            used += process.memory_info().rss
+    return used, len(processes)
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    """Ends the sandbox if it has not ended; its first process's death ends all others before the wait is over."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        drained = asyncio.ensure_future(_drain(process, lambda _: None))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILLED_S):
+                await drained
+        await process.wait()
+
+
+def _ended(result: bytes, watch: _Watch) -> Ended:
+    told: dict[str, Any] = json.loads(result) if result else {}
+    # A sandbox that was killed tells nothing; SIGKILL is what its command got.
+    ended = Ended(told.get("code", -signal.SIGKILL), watch.killed, told.get("full", False), told.get("error", ""), watch.peak)
+    ended.full = ended.full or told.get("free_bytes", 1 << 30) < 4096
+    return ended
+
+
+def human(size: int) -> str:
+    """A size as people write it."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

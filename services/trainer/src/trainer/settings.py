@@ -1,0 +1,43 @@
+"""The trainer's settings, read once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, SecretStr
+from servicekit.settings import ServiceSettings
+
+
+class TrainerSettings(ServiceSettings):
+    service_name: ClassVar[str] = "trainer"
+
+    tracker_address: str = Field(default="127.0.0.1:9101", description="The tracker's gRPC address, `host:port`.")
+    public_url: str = Field(default="http://127.0.0.1:8080", description="The gateway's URL, as training scripts reach it.")
+    state_dir: Path = Field(
+        default=Path(".headrace/trainer"),
+        description="Folder of logs, running attempts and installed packages. One trainer at a time may use it.",
+    )
+    s3_endpoint: str = Field(default="127.0.0.1:9000", description="The object store as this service reaches it, `host:port`.")
+    s3_public_endpoint: str = Field(
+        default="", description="The object store as clients reach it, `host:port`, in presigned URLs; empty: the same."
+    )
+    s3_access_key: str = Field(default="", description="Access key of the object store.")
+    s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key of the object store.")
+    s3_bucket: str = Field(default="headrace", description="Bucket of all artifacts.")
+    s3_secure: bool = Field(default=False, description="Whether the object store is reached by TLS.")
+    training_slots: int = Field(default=1, gt=0, description="Trainings that run at once.")
+    default_memory_bytes: int = Field(default=4 * 1024**3, gt=0, description="Resident memory of a training that asks for none.")
+    default_disk_bytes: int = Field(default=2 * 1024**3, gt=0, description="Space for files of a training that asks for none.")
+    default_timeout_s: int = Field(default=3_600, gt=0, description="Seconds that a training may take that does not say.")
+    max_memory_bytes: int = Field(default=0, ge=0, description="Most memory that a training may ask for; 0: any.")
+    max_disk_bytes: int = Field(default=0, ge=0, description="Most space for files that a training may ask for; 0: any.")
+    max_timeout_s: int = Field(default=0, ge=0, description="Longest time that a training may ask for, in seconds; 0: 30 days.")
+    max_attempts: int = Field(default=1, ge=1, le=20, description="Times that a training's own code may be run when it fails.")
+    max_source_bytes: int = Field(default=256 * 1024**2, gt=0, description="Size of a packed source folder; ten times as much unpacked.")
+    max_log_bytes: int = Field(default=64 * 1024**2, gt=0, description="What one attempt may print; the rest is left out.")
+    sandbox_visible: str = Field(
+        default="", description="Folders that training scripts may read besides their own, separated by `:`, such as local data."
+    )
+    job_lease_s: float = Field(default=120, gt=0, description="Seconds after which a job whose trainer is not heard of is run elsewhere.")
+    run_lease_s: int = Field(default=60, gt=0, description="Seconds after which the run of a dead attempt is marked failed.")
