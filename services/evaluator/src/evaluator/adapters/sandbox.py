@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -142,7 +144,7 @@ def _collect(out: Path) -> Prediction:
     """Reads what the process left. Raises Unjudgeable for a refusal, Unavailable for what it cannot have meant to leave."""
     try:
         result = json.loads(_read_bounded(out / worker.RESULT))
-        if "refused" in result:
+        if isinstance(result, dict) and "refused" in result:
             raise Unjudgeable(str(result["refused"])[:1000])
         scores = _load(out / worker.SCORES).astype(np.float64)
         samples = None
@@ -166,13 +168,23 @@ def _read_bounded(path: Path) -> bytes:
 
 def _load(path: Path) -> Floats:
     with _open(path) as file:
+        # Before the array is read: its header may promise more than the file holds, and memory is taken for what it promises.
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path.name} is not an array")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if math.prod(shape) * dtype.itemsize > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path.name} is cut off")
+        file.seek(0)
         array: Floats = np.load(file, allow_pickle=False)
     return array
 
 
 def _open(path: Path) -> Any:
-    """A regular file, and not what a link points at: the process may have left one to a file of ours."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    """A regular file, and neither what a link points at (a file of ours, perhaps) nor a pipe that never ends."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path.name} is not a file")
     return os.fdopen(descriptor, "rb")
 
 

@@ -8,6 +8,7 @@ import json
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from artifacts import check_sha256
 from contracts.deployer.v1 import events_pb2 as deployer_pb
 from contracts.evaluator.v1 import events_pb2 as evaluator_pb
 from contracts.evaluator.v1 import service_pb2
@@ -86,9 +87,9 @@ def champion_changed(kind: str, payload: bytes) -> tuple[str, Champion | None]:
     """The model, and its champion after deploy.completed or deploy.reverted."""
     if kind == "deploy.completed":
         completed = _parse(deployer_pb.DeployCompleted, payload)
-        return _model_of(completed.rollout), Champion(completed.rollout.version.version, _blob_in(completed.blob))
+        return _model_of(completed.rollout), Champion(completed.rollout.version.version, _named(_blob_in(completed.blob)))
     reverted = _parse(deployer_pb.DeployReverted, payload)
-    champion = Champion(reverted.to_version, _blob_in(reverted.to_blob)) if reverted.to_version else None
+    champion = Champion(reverted.to_version, _named(_blob_in(reverted.to_blob))) if reverted.to_version else None
     return _model_of(reverted.rollout), champion
 
 
@@ -101,6 +102,11 @@ def _model_of(rollout: deployer_pb.RolloutRef) -> str:
     if not rollout.version.model:
         raise Invalid(f"rollout {rollout.rollout_id} names no model")
     return rollout.version.model
+
+
+def _named(blob: Blob) -> Blob:
+    check_sha256(blob.sha256)
+    return blob
 
 
 def _blob_in(message: model_pb2.BlobRef) -> Blob:
@@ -287,8 +293,8 @@ def page_token(evaluation_id: str) -> str:
 def page_place(token: str) -> str:
     """The evaluation that the page before ended with; raises Invalid for a token that is not ours."""
     try:
-        return base64.urlsafe_b64decode(token.encode()).decode("ascii")
-    except (binascii.Error, UnicodeError) as error:
+        return base64.b64decode(token, altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError) as error:
         raise Invalid("not a page token", [Violation("page_token", "must be one that was answered")]) from error
 
 
