@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # exists only inside Triton
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 
 class TritonPythonModel:
@@ -24,12 +25,14 @@ class TritonPythonModel:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
+        names = request.requested_output_names()
         try:
             feed = {name: self.read(request, name, is_text) for name, is_text in self.inputs.items()}
-            names = request.requested_output_names()
             values = self.session.run(names, feed)
-        except Exception as error:  # whatever it is, this request gets it as its answer and the next one is served
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+        except (InvalidArgument, UnicodeDecodeError) as error:  # the tensors are not what the model takes: the caller's fault
+            return refusal(error, pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:  # the model failed on tensors that it takes; the next request is served all the same
+            return refusal(error, pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, encoded(value)) for name, value in zip(names, values, strict=True)])
 
     def read(self, request: Any, name: str, is_text: bool) -> Any:
@@ -37,6 +40,10 @@ class TritonPythonModel:
         if not is_text:
             return value
         return np.array([item.decode() for item in value.ravel()], dtype=object).reshape(value.shape)
+
+
+def refusal(error: Exception, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
 def encoded(value: Any) -> Any:
