@@ -97,9 +97,9 @@ class S3Store:
             source = read_chunks(source)
         parts = _in_parts(source, part_size)
         async with contextlib.aclosing(parts):
-            first = await anext(parts, b"")
-            if len(first) < part_size:
-                return await self._put_bytes(key, first, sha256)
+            first = [await anext(parts, b"")]  # in a list, from which it can be let go
+            if len(first[0]) < part_size:
+                return await self._put_bytes(key, first[0], sha256)
             return await self._put_parts(key, first, parts, sha256)
 
     async def _put_bytes(self, key: str, data: bytes, sha256: str | None) -> Stored:
@@ -111,7 +111,7 @@ class S3Store:
 
         return Stored(key, len(data), await self._run(put))
 
-    async def _put_parts(self, key: str, first: bytes, rest: AsyncIterator[bytes], sha256: str | None) -> Stored:
+    async def _put_parts(self, key: str, first: list[bytes], rest: AsyncIterator[bytes], sha256: str | None) -> Stored:
         """Uploads part by part, the next being read while one is sent. The upload is aborted when anything goes wrong."""
         digest = hashlib.sha256()
         size = 0
@@ -127,7 +127,7 @@ class S3Store:
                 digest.update(data)
                 return MinioPart(number, self._client._upload_part(self._bucket, key, data, None, upload_id, number))
 
-            part = first
+            part = first.pop()
             for number in itertools.count(1):
                 if number > MAX_PARTS:
                     raise TooLarge(f"{key}: a stream has {MAX_PARTS * PART_SIZE} bytes at most")
@@ -310,18 +310,22 @@ class S3Store:
 
 async def _in_parts(source: AsyncIterator[bytes], part_size: int) -> AsyncGenerator[bytes, None]:
     """Chunks of any size, gathered or cut into parts of `part_size` bytes; the last is what is left."""
-    gathered = bytearray()
+    pieces: list[memoryview] = []
+    missing = part_size
     async for chunk in source:
         view = memoryview(chunk)
-        while len(gathered) + len(view) >= part_size:
-            wanted = part_size - len(gathered)
-            gathered += view[:wanted]
-            view = view[wanted:]
-            yield bytes(gathered)
-            gathered = bytearray()
-        gathered += view
-    if gathered:
-        yield bytes(gathered)
+        while len(view) >= missing:
+            pieces.append(view[:missing])
+            view = view[missing:]
+            part = b"".join(pieces)
+            pieces.clear()  # before the part is passed on: the pieces are as large as it is
+            missing = part_size
+            yield part
+        if view:
+            pieces.append(view)
+            missing -= len(view)
+    if pieces:
+        yield b"".join(pieces)
 
 
 _MISSING = frozenset({"NoSuchKey", "NoSuchUpload", "ResourceNotFound"})
