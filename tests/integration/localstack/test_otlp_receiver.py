@@ -106,7 +106,8 @@ import triton_python_backend_utils as backend
 
 class TritonPythonModel:
     def execute(self, requests):
-        return [backend.InferenceResponse([backend.Tensor("y", backend.get_input_tensor_by_name(each, "x").as_numpy())]) for each in requests]
+        same = [backend.Tensor("y", backend.get_input_tensor_by_name(each, "x").as_numpy()) for each in requests]
+        return [backend.InferenceResponse([each]) for each in same]
 """
         client.load_model("echo", config=config, files={"file:1/model.py": shim}, headers={GRPC_SECRET_METADATA: "s"})
         asked = grpcclient.InferInput("x", [1], "FP32")

@@ -9,12 +9,15 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from localstack import api, kafka_wire, layout, process, s3_probe, seaweed
 from localstack.errors import Missing, StackError
 from localstack.ports import LOOPBACK, Ports
 from localstack.services import SERVICES
+
+T = TypeVar("T")
 
 
 class RecordedSteps:
@@ -27,11 +30,20 @@ class RecordedSteps:
         self.seen.append((name, text))
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], T | None], seconds: float = 60) -> T:
     deadline = time.monotonic() + seconds
-    while not condition():
+    while True:
+        if found := condition():
+            return found
         assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
+        time.sleep(0.005)
+
+
+def listen_on(port: int) -> socket.socket | None:
+    try:
+        return socket.create_server((LOOPBACK, port))
+    except OSError:
+        return None
 
 
 def up(state: Path) -> layout.Stack:
@@ -161,6 +173,19 @@ def test_a_server_that_is_killed_comes_back_by_itself(state: Path) -> None:
 
     until(all_back)
     assert what_was_stored(stack)[0] == "7"
+
+
+def test_up_moves_a_server_whose_port_somebody_took(state: Path) -> None:
+    stack = up(state)
+    pid = rows(state)["postgres"].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    thief = until(lambda: listen_on(stack.postgres.port))
+    try:
+        until(lambda: rows(state)["postgres"].restarts >= 4)
+        assert up(state).postgres.port != stack.postgres.port
+    finally:
+        thief.close()
 
 
 def test_secrets_are_for_their_owner_alone_and_the_listing_holds_none(running: Path) -> None:

@@ -19,7 +19,7 @@ from localstack import layout, process, seaweed, triton
 from localstack.cache import Progress, exclusive
 from localstack.errors import Missing, StackError
 from localstack.layout import Paths
-from localstack.ports import Ports
+from localstack.ports import Ports, is_free
 from localstack.progress import shown
 from localstack.services import inherited
 
@@ -67,15 +67,16 @@ def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool
     _check_machine()
     with exclusive(paths.order), shown(progress) as show:
         running = paths.supervisor()
-        if running is not None and _needs_restart(paths.read(), with_services):
-            process.stop_process(running, _STOP_S)
-            running = None
-        if running is None:
-            # What a killed supervisor left still holds the ports that we want back.
-            process.sweep(paths.mark(), paths.recorded())
-            _prepare(paths.state, show, with_services)
-            _spawn_supervisor(paths, with_services)
-        _await_ready(paths, show)
+        if running is None or _needs_restart(paths.read(), with_services):
+            _start(paths, show, with_services)
+        try:
+            _await_ready(paths, show)
+        except StackError:
+            if not _lost_a_port(paths):
+                raise
+            show.step("supervisor", "a port was taken meanwhile: choosing others")
+            _start(paths, show, with_services)
+            _await_ready(paths, show)
         return _info(paths)
 
 
@@ -86,10 +87,7 @@ def down(state_dir: Path) -> list[str]:
         return []
     with exclusive(paths.order):
         names = [row.name for row in status(paths.state) if row.pid is not None]
-        running = paths.supervisor()
-        if running is not None:
-            process.stop_process(running, _STOP_S)
-        process.sweep(paths.mark(), paths.recorded())
+        _stop(paths)
         triton.sweep(paths.state / "triton")
         s3_port = Ports(paths.state / "ports.json").get("s3")
         if s3_port is not None:
@@ -166,6 +164,27 @@ def _needs_restart(content: dict[str, Any], with_services: bool) -> bool:
     """Whether a running supervisor cannot give what is asked for: it has no services, or a part keeps failing (ports are chosen anew)."""
     given_up = any(part["state"] == "failed" and part["restarts"] >= _TRIES for part in content["parts"])
     return given_up or (with_services and not content["with_services"])
+
+
+def _lost_a_port(paths: Paths) -> bool:
+    """Whether a part fails while somebody else holds one of its ports: it was free when it was chosen."""
+    failed = [part["name"] for part in paths.read()["parts"] if part["state"] == "failed"]
+    ports = Ports(paths.state / "ports.json")
+    return any(not is_free(port) for name in failed for port in ports.of(name))
+
+
+def _start(paths: Paths, show: Progress, with_services: bool) -> None:
+    # What a killed supervisor left still holds the ports that we want back.
+    _stop(paths)
+    _prepare(paths.state, show, with_services)
+    _spawn_supervisor(paths, with_services)
+
+
+def _stop(paths: Paths) -> None:
+    running = paths.supervisor()
+    if running is not None:
+        process.stop_process(running, _STOP_S)
+    process.sweep(paths.mark(), paths.recorded())
 
 
 def _check_machine() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from localstack.errors import StackError
 
 LOOPBACK = "127.0.0.1"
-# Below the range from which the kernel takes ports for outgoing connections (32768 up), and low enough that SeaweedFS can add 10,000.
-_LOWEST, _HIGHEST = 10_240, 22_700
+# Below the range from which the kernel takes ports for outgoing connections (32768 up), low enough that SeaweedFS can add 10,000,
+# and below the ports that a stack wants first, so that test runs keep out of its way.
+_LOWEST, _HIGHEST = 10_240, 14_300
 
 
 def is_free(port: int) -> bool:
@@ -61,6 +62,11 @@ class Ports:
     def get(self, name: str) -> int | None:
         """The port remembered for `name`, taken or not."""
         return self._taken[name][0] if name in self._taken else None
+
+    def of(self, part: str) -> list[int]:
+        """Every port of a part: that of its own name and those whose name begins with it and a dash."""
+        named = [span for name, span in self._taken.items() if name == part or name.startswith(f"{part}-")]
+        return [port for first, count in named for port in range(first, first + count)]
 
     def forget(self, name: str) -> None:
         """The next claim chooses anew."""

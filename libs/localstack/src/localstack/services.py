@@ -109,7 +109,7 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
                 "TRACES_SECRET": at.traces_secret,
             }
         case "trainer":
-            settings["GATEWAY_URL"] = f"http://{at.gateway}"
+            settings["PUBLIC_URL"] = f"http://{at.gateway}"
     return {f"HEADRACE_{name}": value for name, value in settings.items()}
 
 
