@@ -35,7 +35,7 @@ class Background:
     """Runs `_run` until `stop`. A subclass returns from `_run` soon after `self._stopping` is set, and raises to fail loudly."""
 
     def __init__(self, name: str, stop_timeout_s: float = 3.0) -> None:
-        """`stop_timeout_s`: how long `stop` lets running work end before it cancels it. Cancelled work is done again after the next start."""
+        """`stop_timeout_s`: how long `stop` lets running work end before it cancels it."""
         self._name = name
         self._stop_timeout_s = stop_timeout_s
         self._stopping = asyncio.Event()

@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 _MAX_BATCH_BYTES = 1_000_000
 """Of one record batch; the broker's default limit is 1,048,588."""
 
+_TOPIC_WAIT_S = 2.0
+"""How long a send looks for a topic that it does not know yet."""
+
 
 class KafkaBroker:
     """A Kafka cluster. `options` go to every client of aiokafka: `security_protocol`, `ssl_context`, `sasl_mechanism` and so on."""
@@ -98,6 +101,19 @@ class KafkaBroker:
             error = kafka_errors.for_code(code)
             if error not in (kafka_errors.NoError, kafka_errors.TopicAlreadyExistsError):
                 raise Unavailable(f"topic {name} was not created: {error.__name__}")
+        await self._wait_for_leaders([spec.name for spec in specs])
+
+    async def _wait_for_leaders(self, names: Sequence[str]) -> None:
+        """A topic is created some moments before it can be seen and used."""
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                while True:
+                    described = await self._administer(lambda admin: admin.describe_topics(list(names)))
+                    if all(topic["partitions"] and all(part["leader"] >= 0 for part in topic["partitions"]) for topic in described):
+                        return
+                    await asyncio.sleep(0.05)
+        except TimeoutError as exc:
+            raise Unavailable("the new topics have no leaders yet") from exc
 
     async def offsets(self, partitions: Collection[Partition]) -> Mapping[Partition, tuple[int, int]]:
         wanted = [TopicPartition(*partition) for partition in partitions]
@@ -173,8 +189,9 @@ class _KafkaProducer:
 
     async def _partition_count(self, topic: str) -> int | BaseException:
         try:
-            return len(await self._started().partitions_for(topic))
-        except kafka_errors.KafkaError as exc:
+            # Not for long: the records of other topics wait behind.
+            return len(await _bounded(self._started().partitions_for(topic), _TOPIC_WAIT_S))
+        except (kafka_errors.KafkaError, TimeoutError) as exc:
             return Unavailable(f"topic {topic} cannot be written: {exc!r}")
 
     async def _send_partition(
@@ -251,12 +268,17 @@ class _KafkaReader:
                     raise Unavailable(f"there is no topic {', '.join(missing)} yet")
                 assigned = frozenset(Partition(topic, number) for topic in self._topics for number in range(counts[topic]))
                 self._consumer.assign([TopicPartition(*partition) for partition in assigned])
-                self.assign(assigned)
+                self.assigned(assigned)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
 
-    def assign(self, assigned: frozenset[Partition]) -> None:
-        """A new assignment: nothing of it passes until it is positioned."""
+    def assigned(self, assigned: frozenset[Partition]) -> None:
+        """Called with a new assignment: nothing of it passes until it is positioned."""
+        consumer = self._started()
+        for partition in assigned:
+            # A partition without a position keeps aiokafka from fetching any other: it gets one at which nothing is read.
+            consumer.seek(TopicPartition(*partition), 0)
+            consumer.pause(TopicPartition(*partition))
         self._assigned = assigned
         self._positioned.clear()
         if not self._changed.done():
@@ -353,7 +375,7 @@ class _Assignments(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka
         self._reader.revoke()
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        self._reader.assign(frozenset(Partition(*tp) for tp in assigned))
+        self._reader.assigned(frozenset(Partition(*tp) for tp in assigned))
 
 
 async def _bounded(work: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
