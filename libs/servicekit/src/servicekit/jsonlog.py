@@ -11,7 +11,11 @@ from opentelemetry import trace
 
 # The second line of defence: settings hold secrets as SecretStr, and nothing logs a header. The keys and tokens of access.py and
 # runtoken.py, what follows `Bearer`, and the password within a URL.
-_SECRETS = re.compile(r"(\bhrr?_[A-Za-z0-9]{8,}?)[A-Za-z0-9_.\-]{8,}|(\b[Bb]earer\s+)[^\s\"',;]+|(://[^\s/:@]*:)[^\s/@]+(?=@)")
+_SECRETS = re.compile(
+    r"(\bhrr?_[A-Za-z0-9]{8,}?)[A-Za-z0-9_.\-]{8,}"
+    r"|(\b[Bb]earer\s+)[A-Za-z0-9._~+/=\-]{16,}"
+    r"|(://[^\s/:@\"\\]*:)[^\s/@\"\\]+(?=@)"
+)
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
@@ -28,7 +32,7 @@ class JsonFormatter(logging.Formatter):
             "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
-            "msg": redact(record.getMessage()),
+            "msg": record.getMessage(),
             "service": self._service_name,
         }
         span = trace.get_current_span().get_span_context()
@@ -37,12 +41,12 @@ class JsonFormatter(logging.Formatter):
             line["span_id"] = f"{span.span_id:016x}"
         for key, value in record.__dict__.items():
             if key not in _STANDARD and key not in line:
-                line[key] = redact(value) if isinstance(value, str) else value
+                line[key] = value
         if record.exc_info:
-            line["stack"] = redact(self.formatException(record.exc_info))
+            line["stack"] = self.formatException(record.exc_info)
         if record.stack_info:
-            line["stack_info"] = redact(record.stack_info)
-        return json.dumps(line, ensure_ascii=False, default=lambda value: redact(str(value)))
+            line["stack_info"] = record.stack_info
+        return redact(json.dumps(line, ensure_ascii=False, default=str))
 
 
 def redact(text: str) -> str:

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TextIO
@@ -45,6 +46,9 @@ SPAN_DELAY_MS = 500
 """Spans are sent in batches, at the latest this long after they ended."""
 
 METRIC_INTERVAL_MS = 5_000
+
+EXPORT_TIMEOUT_S = 3
+"""A collector gets this long for a batch, attempts included; then the batch is dropped. So long a shutdown may wait for it, too."""
 
 # Attributes of spans.
 ERROR_TYPE = "error.type"
@@ -115,8 +119,11 @@ class Telemetry:
         if self._down:
             return
         self._down = True
-        self.tracer_provider.shutdown()
-        self.meter_provider.shutdown()
+        # Side by side, so that a collector that is away is waited for once.
+        with ThreadPoolExecutor(2) as threads:
+            ends = [threads.submit(self.tracer_provider.shutdown), threads.submit(self.meter_provider.shutdown)]
+        for end in ends:
+            end.result()
         logging.getLogger().removeHandler(self._log_handler)
 
 
@@ -149,14 +156,10 @@ def setup(
     readers = list(metric_readers)
     if settings.otlp_endpoint:
         base = settings.otlp_endpoint.rstrip("/")
-        tracer_provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{base}/v1/traces", timeout=5), schedule_delay_millis=SPAN_DELAY_MS)
-        )
-        readers.append(
-            PeriodicExportingMetricReader(
-                OTLPMetricExporter(endpoint=f"{base}/v1/metrics", timeout=5), export_interval_millis=METRIC_INTERVAL_MS
-            )
-        )
+        to_traces = OTLPSpanExporter(endpoint=f"{base}/v1/traces", timeout=EXPORT_TIMEOUT_S)
+        to_metrics = OTLPMetricExporter(endpoint=f"{base}/v1/metrics", timeout=EXPORT_TIMEOUT_S)
+        tracer_provider.add_span_processor(BatchSpanProcessor(to_traces, schedule_delay_millis=SPAN_DELAY_MS))
+        readers.append(PeriodicExportingMetricReader(to_metrics, export_interval_millis=METRIC_INTERVAL_MS))
     for exporter in span_exporters:
         tracer_provider.add_span_processor(SimpleSpanProcessor(exporter))
     meter_provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
