@@ -95,7 +95,6 @@ class Exchange:
 
     # Set on the way; what reads them comes later on it.
     endpoint: Endpoint
-    grant: Grant
     ids: Trace
     route: Route
     assigned: Arm
@@ -109,8 +108,7 @@ class Exchange:
         self.op = op
         if endpoint is not None:
             self.endpoint = endpoint
-        if grant is not None:
-            self.grant = grant
+        self.grant = grant
         self.keep_alive = keep_alive
 
     # What the server tells
@@ -158,7 +156,8 @@ class Exchange:
         state.pool.cancel(self)
         if self.counts is not None:
             self.counts.left(self.route, monotonic() - self.arrived)
-        self._span(499, None)
+        if self.ids.sampled:
+            self._span(499, None)
 
     # Asking
 
@@ -170,9 +169,10 @@ class Exchange:
         self.route = route
         now = monotonic()
         if self.override is None:
-            arm = route.single or pick(route, self.grant.subject_bytes, self.affinity)
+            subject = self.grant.subject_bytes if self.grant is not None else b""
+            arm = route.single or pick(route, subject, self.affinity)
             if route.by_caller:
-                self.counts = self.plane.callers.account(route, arm, self.grant.subject_bytes, self.affinity, now)
+                self.counts = self.plane.callers.account(route, arm, subject, self.affinity, now)
             else:
                 self.counts = counts = arm.counts
                 counts.requests += 1
@@ -188,7 +188,7 @@ class Exchange:
 
     def _ask(self) -> None:
         """The paths that are not inference: answered here, or by the baseline's runtime."""
-        op, endpoint = self.op, self.endpoint
+        op = self.op
         if op is Op.LIVE:
             self._answer(200, b"{}")
         elif op is Op.READY:
@@ -199,10 +199,10 @@ class Exchange:
         elif op is Op.SERVER:
             self._answer(200, kv2.SERVER_METADATA)
         else:
-            assert endpoint is not None  # noqa: S101
-            if endpoint.route is None:
-                raise _unknown(endpoint.name)
-            self.route = endpoint.route
+            route = self.endpoint.route
+            if route is None:
+                raise _unknown(self.endpoint.name)
+            self.route = route
             self.arrived = monotonic()
             self.assigned = self.route.baseline
             self._send(self.assigned, self.arrived)
@@ -265,6 +265,9 @@ class Exchange:
             self._span(200, self.failure)
         if route.shadow is not None and counts is not None and arm is route.baseline:
             self.plane.shadows.offer(route, self.body, body, ids, self.json_length)
+
+    def crashed(self) -> None:
+        self.server.transport.abort()
 
     def failed(self, failure: Failure, *, stale: bool) -> None:
         arm = self.serving
@@ -483,11 +486,12 @@ class Exchange:
         if self.arrived:
             route, assigned = self.route, self.assigned
             attributes["headrace.endpoint"] = self.endpoint.name
-            attributes["headrace.key_id"] = self.grant.key_id
             attributes["headrace.route_revision"] = route.spec.revision
             attributes["headrace.assigned_arm"] = assigned.name
             if route.spec.rollout_id:
                 attributes["headrace.rollout_id"] = route.spec.rollout_id
+        if self.grant is not None:
+            attributes["headrace.key_id"] = self.grant.key_id
         if self.served:
             arm = self.serving.spec
             attributes["headrace.arm"] = arm.name

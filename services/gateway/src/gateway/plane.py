@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 UPSTREAM_SWEEP_S = 0.25
+MAX_UPSTREAM_CONNECTIONS = 16_384
 LATE_S = 0.1
 """An event loop that is this late is overloaded: copies are dropped first."""
 
@@ -103,7 +104,9 @@ class DataPlane:
     def _make_pool(self, upstream: str, shadow: bool) -> Pool:
         limits = self.limits
         host, _, port = upstream.rpartition(":")
-        connections = limits.shadow.in_flight if shadow else limits.arm.in_flight
+        # Arms that share a runtime share its pool, and one that hangs must not use up what the others need: it is the arms
+        # that are limited, each for itself.
+        connections = limits.shadow.in_flight if shadow else MAX_UPSTREAM_CONNECTIONS
         return Pool(
             host.strip("[]"),
             int(port),

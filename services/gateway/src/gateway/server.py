@@ -142,8 +142,10 @@ class DataProtocol(HttpToolsProtocol):
             self._refuse_message(Refusal(400, "this server upgrades to no other protocol", close=True))
         except httptools.HttpParserCallbackError as error:
             if not self._stopped:
+                # A bug of ours: the place of the answer in the line cannot be trusted any more.
                 _log.error("a request could not be handled", exc_info=error.__context__ or error)
-                self._refuse_message(Refusal(500, "internal error", close=True))
+                self._stopped = True
+                self.transport.abort()
         except httptools.HttpParserError:
             if not self._stopped:
                 self._refuse_message(Refusal(400, "this is not HTTP", close=True))

@@ -80,6 +80,9 @@ class _Copy:
     def stream_ended(self) -> None:
         """Never called: `stream_started` refuses."""
 
+    def crashed(self) -> None:
+        self.shadows.ended(self, "crashed", None)
+
     def failed(self, failure: Failure, *, stale: bool) -> None:
         if stale:
             self.arm.state.shadow_pool.submit(self, fresh=True)

@@ -53,6 +53,9 @@ class Receiver(Protocol):
     def failed(self, failure: Failure, *, stale: bool) -> None:
         """No answer, or not the whole of one. `stale`: a kept connection was closed before a byte came back, so another may do."""
 
+    def crashed(self) -> None:
+        """The receiver itself failed over what it was told; the error is logged. Whoever waits behind it must not wait for ever."""
+
 
 class _Stop(Exception):
     """Ends the parsing of a read from within a callback."""
@@ -229,10 +232,14 @@ class Connection(asyncio.Protocol):
         if receiver is None:
             return
         receiver.connection = None
-        if streamed:
-            receiver.stream_ended()
-        else:
-            receiver.answered(status, fields, body if type(body) is bytes else bytes(body))
+        try:
+            if streamed:
+                receiver.stream_ended()
+            else:
+                receiver.answered(status, fields, body if type(body) is bytes else bytes(body))
+        except Exception:
+            _log.exception("an answer could not be handled")
+            receiver.crashed()
 
     def _reset_after(self, *, keep: bool) -> None:
         self._reset()
@@ -247,7 +254,11 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
         if receiver is not None:
             receiver.connection = None
-            receiver.failed(failure, stale=stale)
+            try:
+                receiver.failed(failure, stale=stale)
+            except Exception:
+                _log.exception("a failure could not be handled")
+                receiver.crashed()
 
 
 class Pool:

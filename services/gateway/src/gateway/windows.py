@@ -337,9 +337,9 @@ class WindowBook:
         return [Report(lengths[key], self._with_headings(reports)) for key, reports in by_length.items()]
 
     def _with_headings(self, reports: list[EndpointReport]) -> tuple[EndpointReport, ...]:
-        latest = {report.endpoint: report.revision for report in reports}
+        latest = {report.endpoint: (report.revision, report.unjudged) for report in reports}
         headings = (recorder.heading() for recorder in self._recorders.values())
-        return (*reports, *(heading for heading in headings if latest.get(heading.endpoint) != heading.revision))
+        return (*reports, *(heading for heading in headings if latest.get(heading.endpoint) != (heading.revision, heading.unjudged)))
 
     def _all(self) -> Iterable[Recorder]:
         yield from self._leaving
