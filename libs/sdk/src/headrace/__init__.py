@@ -10,8 +10,19 @@ with headrace.start_run(experiment="flight-delays") as run:
 
 from __future__ import annotations
 
-from headrace.datasets import DatasetVersion, push_dataset
+from headrace.datasets import DatasetVersion, pull_dataset, push_dataset
 from headrace.http import Client, Denied, HeadraceError, InvalidInput, Unreachable
 from headrace.runs import Run, start_run
 
-__all__ = ["Client", "DatasetVersion", "Denied", "HeadraceError", "InvalidInput", "Run", "Unreachable", "push_dataset", "start_run"]
+__all__ = [
+    "Client",
+    "DatasetVersion",
+    "Denied",
+    "HeadraceError",
+    "InvalidInput",
+    "Run",
+    "Unreachable",
+    "pull_dataset",
+    "push_dataset",
+    "start_run",
+]

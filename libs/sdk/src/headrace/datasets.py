@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.http import Client, InvalidInput
+import httpx
+
+from headrace.http import Client, HeadraceError, InvalidInput, Unreachable
 from headrace.uploads import upload
 
 
@@ -43,6 +46,37 @@ def push_dataset(
             own.close()
     reference: dict[str, Any] = answer["dataset"]["ref"]
     return DatasetVersion(reference["name"], int(reference["version"]), reference["sha256"])
+
+
+def pull_dataset(name: str, path: str | Path, version: int = 0, *, client: Client | None = None) -> DatasetVersion:
+    """Downloads a version of a data set (0: the newest) to `path`, in constant memory, and verifies its hash. Blocks. Repeatable.
+
+    Raises InvalidInput when there is no such version, HeadraceError when what arrived is not what was registered, and leaves no file then.
+    """
+    target = Path(path)
+    own = client or Client()
+    try:
+        reference = own.get(f"/api/v1/datasets/{name}", version=version)["dataset"]["ref"]
+        url = own.get(f"/api/v1/datasets/{name}/download", version=reference["version"])["url"]
+    finally:
+        if client is None:
+            own.close()
+    digest = hashlib.sha256()
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with httpx.stream("GET", url, timeout=httpx.Timeout(60.0, connect=5.0), trust_env=False) as answer, partial.open("wb") as file:
+            answer.raise_for_status()
+            for chunk in answer.iter_bytes(1 << 20):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != reference["sha256"]:
+            raise HeadraceError(f"what the store has as {name} version {reference['version']} is not what was registered")
+        partial.replace(target)
+    except httpx.HTTPError as error:
+        raise Unreachable(f"{name} could not be downloaded: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return DatasetVersion(name, int(reference["version"]), str(reference["sha256"]))
 
 
 def _parquet_schema(file: Path) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headrace.cli.output import JsonFlag, console, print_json, table
-from headrace.datasets import push_dataset
+from headrace.datasets import pull_dataset, push_dataset
 from headrace.http import Client
 
 data = typer.Typer(help="Data sets: immutable versions of files.", no_args_is_help=True)
@@ -31,6 +31,22 @@ def push(
         print_json({"name": version.name, "version": version.version, "sha256": version.sha256})
     else:
         console.print(f"{version.name} version {version.version} (sha256 {version.sha256[:12]})")
+
+
+@data.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="The data set.")],
+    path: Annotated[Path, typer.Argument(help="Where to write it.")],
+    version: Annotated[int, typer.Option("--version", help="Default: the newest.")] = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Download a version, and verify it."""
+    with Client() as client:
+        found = pull_dataset(name, path, version, client=client)
+    if json:
+        print_json({"name": found.name, "version": found.version, "sha256": found.sha256, "path": str(path)})
+    else:
+        console.print(f"{found.name} version {found.version} in {path}")
 
 
 @data.command("list")
