@@ -20,6 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from artifacts import S3Location
     from localstack.kafka import Kafka
+    from localstack.layout import Stack
     from localstack.postgres import Postgres
     from localstack.s3_probe import S3Access
     from localstack.throwaway import ThrowawayServers
@@ -28,7 +29,18 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "contract", "integration", "e2e", "chaos", "bench")
 SERVER_FIXTURES = frozenset(
-    {"stack_servers", "database", "new_database", "triton", "minio_server", "own_postgres", "own_kafka", "own_triton"}
+    {
+        "stack_servers",
+        "database",
+        "new_database",
+        "triton",
+        "minio_server",
+        "own_postgres",
+        "own_kafka",
+        "own_triton",
+        "system",
+        "own_system",
+    }
 )
 
 
@@ -95,15 +107,46 @@ def stack_servers(pytestconfig: pytest.Config) -> Iterator[StackServers]:
     from localstack.cache import cache_dir
     from localstack.throwaway import ThrowawayServers
 
-    choice = str(pytestconfig.getoption("--servers"))
-    how, _, state = choice.partition(":")
-    if how not in ("start", "join") or (how == "join") != bool(state):
-        raise pytest.UsageError(f"--servers={choice}: say start, or join:STATE_DIR")
-    servers = ThrowawayServers(cache_dir() / "test-servers", join=Path(state).resolve() if state else None)
+    servers = ThrowawayServers(cache_dir() / "test-servers", join=_joined(pytestconfig))
     try:
         yield StackServers(servers)
     finally:
         servers.close()
+
+
+@pytest.fixture(scope="session")
+def system(stack_servers: StackServers) -> Stack:
+    """The whole system of this run, services included, with addresses and secrets (`localstack.layout.Stack`).
+
+    It is shared: leave it as it was found. `.gateway_url`, `.addresses.admin_key`, and `localstack.api` on `.paths.state`.
+    """
+    return stack_servers.servers.system
+
+
+@pytest.fixture
+def own_system(stack_servers: StackServers) -> Iterator[Callable[[], Stack]]:
+    """Starts whole systems that the test may break (`localstack.api` on `.paths.state`)."""
+    started: list[Stack] = []
+
+    def make() -> Stack:
+        started.append(stack_servers.servers.new_system(f"own-system-{secrets.token_hex(3)}"))
+        return started[-1]
+
+    yield make
+    if started:
+        from localstack import api
+
+        for one in started:
+            api.down(one.paths.state)
+
+
+def _joined(config: pytest.Config) -> Path | None:
+    """The state folder of the stack to join, None to start our own servers."""
+    choice = str(config.getoption("--servers"))
+    how, _, state = choice.partition(":")
+    if how not in ("start", "join") or (how == "join") != bool(state):
+        raise pytest.UsageError(f"--servers={choice}: say start, or join:STATE_DIR")
+    return Path(state).resolve() if state else None
 
 
 @pytest.fixture

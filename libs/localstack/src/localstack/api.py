@@ -28,6 +28,9 @@ _TRIES = 4
 """A part that ended so often while it started is given up on."""
 _STOP_S = 45.0
 
+_ours: list[process.Child] = []
+"""Supervisors that are our children, kept until they have ended and were waited for."""
+
 
 @dataclass(frozen=True)
 class StackInfo:
@@ -43,7 +46,10 @@ class StackInfo:
 
 @dataclass(frozen=True)
 class PartStatus:
-    """One row of `headrace status`. `rss_bytes` counts what the part has forked too; 0 when it does not run."""
+    """One row of `headrace status`.
+
+    `rss_bytes`: resident memory of the part and all it has forked, each shared page by its share (PSS); 0 when it does not run.
+    """
 
     name: str
     state: str
@@ -57,9 +63,10 @@ class PartStatus:
         return asdict(self)
 
 
-def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool = True) -> StackInfo:
+def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool = True, die_with_us: bool = False) -> StackInfo:
     """Downloads what is missing, starts what does not run, and returns when all of it is ready.
 
+    `die_with_us`: for tests: the stack ends with the calling process, however that ends.
     Raises Missing with what to install, StackError when a part does not come up (with the end of its log); the others then stay
     up, so that one can look at them.
     """
@@ -68,14 +75,14 @@ def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool
     with exclusive(paths.order), shown(progress) as show:
         running = paths.supervisor()
         if running is None or _needs_restart(paths.read(), with_services):
-            _start(paths, show, with_services)
+            _start(paths, show, with_services, die_with_us)
         try:
             _await_ready(paths, show)
         except StackError:
             if not _lost_a_port(paths):
                 raise
             show.step("supervisor", "a port was taken meanwhile: choosing others")
-            _start(paths, show, with_services)
+            _start(paths, show, with_services, die_with_us)
             _await_ready(paths, show)
         return _info(paths)
 
@@ -173,11 +180,11 @@ def _lost_a_port(paths: Paths) -> bool:
     return any(not is_free(port) for name in failed for port in ports.of(name))
 
 
-def _start(paths: Paths, show: Progress, with_services: bool) -> None:
+def _start(paths: Paths, show: Progress, with_services: bool, die_with_us: bool) -> None:
     # What a killed supervisor left still holds the ports that we want back.
     _stop(paths)
     _prepare(paths.state, show, with_services)
-    _spawn_supervisor(paths, with_services)
+    _spawn_supervisor(paths, with_services, die_with_us)
 
 
 def _stop(paths: Paths) -> None:
@@ -185,6 +192,7 @@ def _stop(paths: Paths) -> None:
     if running is not None:
         process.stop_process(running, _STOP_S)
     process.sweep(paths.mark(), paths.recorded())
+    _ours[:] = [child for child in _ours if child.exit_code() is None]
 
 
 def _check_machine() -> None:
@@ -202,20 +210,17 @@ def _prepare(state: Path, show: Progress, with_services: bool) -> None:
             done.result()
 
 
-def _spawn_supervisor(paths: Paths, with_services: bool) -> None:
+def _spawn_supervisor(paths: Paths, with_services: bool, die_with_us: bool) -> None:
     paths.logs.mkdir(parents=True, exist_ok=True)
-    process.trim_log(paths.supervisor_log)
-    argv = ["setsid", "--fork", sys.executable, "-m", "localstack.supervisor", str(paths.state)]
-    with paths.supervisor_log.open("ab") as log:
-        subprocess.run(
-            argv if with_services else [*argv, "--servers-only"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=inherited(),
-            cwd=paths.state,
-            check=True,
-        )
+    argv = [sys.executable, "-m", "localstack.supervisor", str(paths.state), *([] if with_services else ["--servers-only"])]
+    if die_with_us:
+        mark = f"supervisor of {paths.mark()}"
+        _ours.append(process.spawn("supervisor", argv, log=paths.supervisor_log, env=inherited(), mark=mark, cwd=paths.state))
+    else:
+        process.trim_log(paths.supervisor_log)
+        with paths.supervisor_log.open("ab") as log:
+            command = ["setsid", "--fork", *argv]
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=inherited(), cwd=paths.state, check=True)
     deadline = time.monotonic() + 30
     while paths.supervisor() is None:
         if time.monotonic() > deadline:
@@ -259,7 +264,7 @@ def _with_memory(row: PartStatus) -> PartStatus:
         root = psutil.Process(row.pid)
         # The supervisor's children have rows of their own.
         family = [root] if row.name == "supervisor" else [root, *root.children(recursive=True)]
-        memory = sum(one.memory_info().rss for one in family)
+        memory = sum(one.memory_full_info().pss for one in family)
     except psutil.Error:
         memory = 0
     return PartStatus(**{**asdict(row), "rss_bytes": memory})

@@ -138,14 +138,15 @@ SETUP = "setup"
 """Name of the step between servers and services: roles, schemas, topics."""
 
 
-def make(state: Path, *, with_services: bool = True, running: bool = False) -> Stack:
+def make(state: Path, *, with_services: bool = True, running: bool = False, random_ports: bool = False) -> Stack:
     """Chooses ports, makes secrets that are missing, and builds the servers; starts nothing. Its caller holds the stack's lock.
 
-    `running`: describes the stack that runs in this folder instead. Raises StackError.
+    `running`: describes the stack that runs in this folder instead. `random_ports`: wants none in particular, so that several
+    test runs keep out of each other's way; what is chosen is remembered. Raises StackError.
     """
     paths = Paths(state)
     mark = paths.mark()
-    ports = Ports(state / "ports.json", in_use=running)
+    ports = Ports(state / "ports.json", in_use=running, random_only=random_ports)
     secrets = Secrets(state / "secrets")
     otlp = OtlpReceiver(
         state / "otlp", port=ports.claim("otlp", _OTLP), secret=secrets.get("traces-secret"), mark=mark, log=paths.log("otlp")

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from localstack import layout, process, server
+from localstack import api, layout, process, server
 from localstack.cache import Progress, Silent
 from localstack.errors import NotReady, StackError
 from localstack.kafka import Kafka
+from localstack.layout import Stack
 from localstack.minio import Minio
 from localstack.ports import Ports
 from localstack.postgres import Postgres
@@ -46,6 +47,8 @@ class ThrowawayServers:
         self._seaweed: Seaweed | None = None
         self._triton: Triton | None = None
         self._minio: Minio | None = None
+        self._system: Stack | None = None
+        self._started_systems: list[Path] = []
         if join is not None:
             self._join(join)
 
@@ -93,6 +96,21 @@ class ThrowawayServers:
         if self._minio is None:
             self._minio = self.new_minio("minio")
         return self._minio
+
+    @property
+    def system(self) -> Stack:
+        """The shared system: servers of its own and the six services. Takes some ten seconds to start."""
+        if self._system is None:
+            self._system = self.new_system("system")
+        return self._system
+
+    def new_system(self, name: str) -> Stack:
+        """Another whole system, started, for a test that breaks it; `localstack.api` works on its `paths.state`."""
+        state = self.directory / name / ".headrace"
+        layout.make(state, random_ports=True)
+        self._started_systems.append(state)
+        api.up(state, self.progress, die_with_us=True)
+        return layout.make(state, running=True)
 
     def new_postgres(self, name: str) -> Postgres:
         """Another PostgreSQL, started, for a test that breaks it."""
@@ -172,7 +190,7 @@ class ThrowawayServers:
     def _join(self, state: Path) -> None:
         if layout.Paths(state).supervisor() is None:
             raise StackError(f"no stack runs in {state}: start one with `headrace up`")
-        stack = layout.make(state, running=True)
+        stack = self._system = layout.make(state, running=True)
         self._postgres, self._kafka, self._seaweed, self._triton = stack.postgres, stack.kafka, stack.seaweed, stack.triton
 
     def release(self, one: Server) -> None:
@@ -189,6 +207,9 @@ class ThrowawayServers:
         for one in self._servers:
             one.stop()
         self._servers.clear()
+        for state in self._started_systems:
+            api.down(state)
+        self._started_systems.clear()
         process.sweep(self.mark)
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -217,6 +238,6 @@ def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob("run-*-*"):
         _, pid, started = folder.name.split("-")
         if not process.ProcessId(int(pid), int(started)).alive():
-            if (mark := folder / "mark").exists():
+            for mark in (*folder.glob("mark"), *folder.glob("*/.headrace/stack-id")):
                 process.sweep(mark.read_text().strip())
             shutil.rmtree(folder, ignore_errors=True)
