@@ -238,7 +238,8 @@ def _await_ready(paths: Paths, show: Progress) -> None:
         if not late:
             return
         for part in late:
-            if part["restarts"] >= _TRIES:
+            # Nobody gives a port back: no need to try as often as with other faults.
+            if part["restarts"] >= _TRIES or (part["restarts"] >= 2 and _lost_a_port(paths)):
                 raise StackError(f"{part['name']} does not start: {part['detail']}\n(`headrace logs {part['name']}` shows more)")
         if paths.supervisor() is None:
             raise StackError(f"the supervisor ended; its log ends:\n{process.tail(paths.supervisor_log)}")
