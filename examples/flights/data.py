@@ -93,7 +93,9 @@ def package_folder() -> Path:
 
 def _read(archive: Path) -> tuple[pa.Table, pa.Table]:
     """Flights and weather as the archive has them, the weather with the hour *for which* it is the last one known."""
-    options = {"null_values": ["NA", ""], "strings_can_be_null": False}
+    # The types are said, since a column with nothing but gaps in it tells none.
+    types = {"arr_delay": pa.int64(), **{column: pa.float64() for column in WEATHER}}
+    options = {"null_values": ["NA", ""], "strings_can_be_null": False, "column_types": types}
     with zipfile.ZipFile(archive) as source:
         with zipfile.ZipFile(io.BytesIO(source.read(_FILES[0]))) as inner, inner.open("flights.csv") as file:
             flights = pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(include_columns=_FLIGHT_COLUMNS, **options))

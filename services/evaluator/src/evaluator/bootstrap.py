@@ -13,6 +13,7 @@ from contracts.eventing.v1 import service_pb2_grpc as eventing_grpc
 from contracts.registry.v1 import service_pb2_grpc as registry_grpc
 from eventing import schema as eventing_schema
 from eventing import topics
+from eventing.broker import Broker
 from eventing.consumer import Consumer
 from eventing.dlq import DeadLetters
 from eventing.dlq_grpc import DeadLetterServicer
@@ -20,7 +21,7 @@ from eventing.kafka import KafkaBroker
 from eventing.outbox import Outbox
 from eventing.relay import Relay
 from eventing.snapshots import SnapshotReader
-from jobs import JobQueue, Worker
+from jobs import Backoff, JobQueue, Worker
 from servicekit import db, rpc
 from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Component
@@ -49,7 +50,7 @@ class _Resources:
 
     name = "resources"
 
-    def __init__(self, engine: AsyncEngine, broker: KafkaBroker, channel: grpc.aio.Channel) -> None:
+    def __init__(self, engine: AsyncEngine, broker: Broker, channel: grpc.aio.Channel) -> None:
         self._engine = engine
         self._broker = broker
         self._channel = channel
@@ -63,14 +64,14 @@ class _Resources:
         await self._engine.dispose()
 
 
-def build(settings: EvaluatorSettings) -> Sequence[Component]:
-    """The evaluator's components in the order in which they start."""
+def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Backoff | None = None) -> Sequence[Component]:
+    """The evaluator's components in the order in which they start. For tests: a `broker` in place of Kafka, a `backoff` of jobs."""
     clock, ids = SystemClock(), SystemIds()
     engine = db.create_engine(settings.database_url)
-    broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
+    broker = broker or KafkaBroker(settings.kafka_bootstrap, settings.service_name)
     channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
     outbox = Outbox(eventing_schema.tables(SCHEMA))
-    queue = JobQueue(engine, SCHEMA, clock, ids)
+    queue = JobQueue(engine, SCHEMA, clock, ids, backoff)
     store = SqlStore(engine, outbox, queue, EventEncoder(clock, ids))
     objects = S3Store(
         S3Location(
