@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 from servicekit import errors
@@ -127,3 +128,24 @@ def test_http_body_names_line_and_field() -> None:
 
 def test_invalid_and_transient_are_apart() -> None:
     assert not [cls for cls in OWN_CLASSES if issubclass(cls, Invalid) and issubclass(cls, Transient)]
+
+
+def asyncpg_error() -> Any:
+    return asyncpg.exceptions.CannotConnectNowError("the database system is starting up")
+
+
+@pytest.mark.parametrize(
+    ("error", "cls"),
+    [
+        (ConnectionRefusedError(111, "10.0.0.7:5432"), Unavailable),
+        (TimeoutError(), Unavailable),
+        (OSError("Multiple exceptions: [Errno 111] Connect call failed ('::1', 5432), ..."), Unavailable),
+        (asyncpg_error(), Unavailable),
+        (FileNotFoundError(2, "no such file"), Internal),
+        (OSError(28, "No space left on device"), Internal),
+    ],
+)
+def test_a_server_that_does_not_answer_is_no_bug(error: BaseException, cls: type[HeadraceError], caplog: pytest.LogCaptureFixture) -> None:
+    told = errors.explain(error)
+    assert type(told) is cls
+    assert "10.0.0.7" not in str(told)

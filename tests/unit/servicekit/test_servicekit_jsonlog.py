@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 from uuid import UUID
@@ -13,7 +14,7 @@ import pytest
 from pydantic import SecretStr
 from servicekit import access, runtoken, telemetry
 from servicekit.clock import FakeClock, SystemIds
-from servicekit.jsonlog import redact
+from servicekit.jsonlog import Seldom, redact
 from servicekit.settings import ServiceSettings
 
 
@@ -94,3 +95,18 @@ def test_a_secret_str_shows_nothing(stream: io.StringIO) -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text) == text
+
+
+def test_a_collector_that_is_away_is_told_once_in_a_while(stream: io.StringIO) -> None:
+    exporter, other = logging.getLogger("opentelemetry.exporter.otlp"), logging.getLogger("tracker")
+    for attempt in range(5):
+        exporter.error("failed to export: %s", attempt)
+        exporter.error("something else")
+        other.error("the same")
+    assert [line["msg"] for line in lines(stream)].count("failed to export: 0") == 1
+    assert len(lines(stream)) == 2 + 5
+    late = logging.makeLogRecord({"name": exporter.name, "msg": "failed to export: %s", "created": time.time() + 61})
+    seldom = Seldom("opentelemetry", seconds=60)
+    assert [seldom.filter(late), seldom.filter(late)] == [True, False]
+    late.created += 60
+    assert seldom.filter(late)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -185,9 +186,9 @@ def row(table: Mapping[type[HeadraceError], _Row], cls: type[BaseException]) -> 
 def explain(exc: BaseException) -> HeadraceError:
     """The error to tell a caller for any exception.
 
-    An error with a meaning is returned as it is. Errors of a database that cannot be reached become `Unavailable`. Anything
-    else is a bug: it is logged with its stack under a new error id, and an `Internal` with that id is returned, so that
-    nothing of the inside leaks.
+    An error with a meaning is returned as it is. A database or another server that cannot be reached becomes `Unavailable`,
+    logged as a warning. Anything else is a bug: it is logged with its stack under a new error id, and an `Internal` with that
+    id is returned, so that nothing of the inside leaks.
     """
     if isinstance(exc, HeadraceError) and type(exc) is not HeadraceError:
         return exc
@@ -197,9 +198,20 @@ def explain(exc: BaseException) -> HeadraceError:
         translated = db.translate(exc)
         if isinstance(translated, HeadraceError):
             return translated
+    elif is_unreachable(exc):  # SQLAlchemy passes on what the socket said while it connected
+        _log.warning("a server that is needed does not answer", exc_info=exc)
+        return Unavailable("a server that is needed does not answer")
     error_id = secrets.token_hex(8)
     _log.error("internal error %s", error_id, exc_info=exc, extra={"error_id": error_id})
     return Internal(f"internal error {error_id}", error_id=error_id)
+
+
+def is_unreachable(exc: BaseException) -> bool:
+    """Whether a socket said that nobody is there or answers in time. Other errors of the system, such as a full disk, are not this."""
+    if isinstance(exc, ConnectionError | TimeoutError | socket.gaierror):
+        return True
+    # What asyncio raises when a name has several addresses and none of them answers: a bare OSError.
+    return type(exc) is OSError and "Connect call failed" in str(exc)
 
 
 def to_grpc_status(exc: BaseException) -> status_pb2.Status:

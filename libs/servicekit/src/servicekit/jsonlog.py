@@ -49,6 +49,25 @@ class JsonFormatter(logging.Formatter):
         return redact(json.dumps(line, ensure_ascii=False, default=str))
 
 
+class Seldom(logging.Filter):
+    """Lets the same message of the loggers below `prefix` pass once in `seconds`: for what complains of every failed attempt."""
+
+    def __init__(self, prefix: str, seconds: float = 60) -> None:
+        super().__init__()
+        self._prefix = prefix
+        self._seconds = seconds
+        self._last: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(self._prefix):
+            return True
+        key = (record.name, str(record.msg))
+        if record.created - self._last.get(key, 0.0) < self._seconds:
+            return False
+        self._last[key] = record.created
+        return True
+
+
 def redact(text: str) -> str:
     """The text without API keys, run tokens, bearer tokens and passwords in URLs."""
     return _SECRETS.sub(lambda match: f"{match[1] or match[2] or match[3]}[redacted]", text)

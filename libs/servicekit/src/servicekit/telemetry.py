@@ -36,7 +36,7 @@ from opentelemetry.util.types import Attributes, AttributeValue
 
 from servicekit.clock import SystemIds
 from servicekit.errors import Internal, Invalid
-from servicekit.jsonlog import JsonFormatter
+from servicekit.jsonlog import JsonFormatter, Seldom
 from servicekit.settings import ServiceSettings
 
 SCOPE = "headrace"
@@ -146,6 +146,7 @@ def setup(
     global _active
     handler = logging.StreamHandler(log_stream or sys.stdout)
     handler.setFormatter(JsonFormatter(service_name))
+    handler.addFilter(Seldom("opentelemetry.exporter"))  # a collector that is away is no news twice a second
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(settings.log_level)
