@@ -48,9 +48,15 @@ def test_a_span_sent_twice_is_stored_once(store: SpanStore) -> None:
 
 
 def test_traces_are_found_by_an_attribute_of_ours_newest_first(store: SpanStore) -> None:
-    store.add([span(1, 1, headrace__run_id="a"), span(2, 2, headrace__run_id="a"), span(3, 3, headrace__run_id="b", other="a")])
+    store.add(
+        [
+            span(1, 1, headrace__run_id="a"),
+            span(2, 2, headrace__run_id="a"),
+            span(3, 3, headrace__run_id="b", other_id="a", headrace__arm="a"),
+        ]
+    )
     assert store.traces_with("headrace.run_id", "a") == [f"{2:032x}", f"{1:032x}"]
-    assert store.traces_with("other", "a") == []
+    assert store.traces_with("other_id", "a") == store.traces_with("headrace.arm", "a") == []
 
 
 def test_links_are_followed_in_both_directions_and_over_several_traces(store: SpanStore) -> None:
@@ -66,13 +72,26 @@ def test_following_links_ends_at_200_traces_and_says_so(store: SpanStore) -> Non
     assert len(found.spans) == 200
 
 
-def test_the_oldest_go_first_when_there_are_too_many(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_oldest_go_first_when_there_are_too_many(tmp_path: Path, linked: bool) -> None:
     store = SpanStore(tmp_path / "small.sqlite", most_spans=100)
     for number in range(1, 501):
-        store.add([span(number, number, links=(number - 1,), headrace__run_id=f"r{number}")])
-    assert store.count() <= 100
+        store.add([span(number, number, links=(number - 1,) if linked else (), headrace__run_id=f"r{number}")])
+        assert store.count() <= 100
     assert store.traces_with("headrace.run_id", "r500") == [f"{500:032x}"]
     assert store.traces_with("headrace.run_id", "r1") == []
+    store.close()
+    reopened = SpanStore(tmp_path / "small.sqlite", most_spans=100)
+    assert 75 <= reopened.count() <= 100
+    reopened.close()
+
+
+def test_requests_by_the_thousand_do_not_drive_out_the_way_a_version_came_about(tmp_path: Path) -> None:
+    store = SpanStore(tmp_path / "small.sqlite", most_spans=100)
+    store.add([span(1, 1, headrace__run_id="trained"), span(2, 2, links=(1,))])
+    for number in range(10, 2000):
+        store.add([span(number, number, headrace__request_id=f"r{number}")])
+    assert names(store.connected(store.traces_with("headrace.run_id", "trained")).spans) == [(1, 1), (2, 2)]
     store.close()
 
 

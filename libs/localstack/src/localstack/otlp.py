@@ -43,7 +43,7 @@ class Receiver(http.server.ThreadingHTTPServer):
 
     def query(self, name: str, value: str) -> dict[str, Any]:
         """The spans that belong to a trace, or to the traces with an attribute, and the causal tree of them."""
-        traces = [value] if name == "trace_id" else self.store.traces_with(INDEXED_PREFIX + name, value)
+        traces = [value.lower()] if name == "trace_id" else self.store.traces_with(INDEXED_PREFIX + name, value)
         found = self.store.connected(traces)
         return {
             "traces": traces,

@@ -1,4 +1,4 @@
-"""Spans in a SQLite file: found by trace or by attribute, followed along links in both directions; the oldest are dropped first."""
+"""Spans in a SQLite file: found by trace or by attribute, followed along links in both directions; the oldest requests are dropped first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 INDEXED_PREFIX = "headrace."
-"""String attributes whose name begins so can be searched for."""
+INDEXED_SUFFIX = "_id"
+"""String attributes whose name begins and ends so (`headrace.request_id`) can be searched for."""
 
 _MOST_TRACES = 200
 _SCHEMA = """
@@ -75,12 +76,13 @@ class Found:
 class SpanStore:
     """Spans of one stack. Thread-safe; every method blocks for one small transaction."""
 
-    def __init__(self, file: Path, *, most_spans: int = 200_000) -> None:
+    def __init__(self, file: Path, *, most_spans: int = 300_000) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._most_spans = most_spans
         self._database = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
         self._database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + _SCHEMA)
+        self._count = int(self._database.execute("SELECT count(*) FROM span").fetchone()[0])
 
     def close(self) -> None:
         with self._lock:
@@ -92,19 +94,20 @@ class SpanStore:
             self._database.execute("BEGIN")
             for span in spans:
                 key = (span.trace_id, span.span_id)
-                self._database.execute("INSERT OR IGNORE INTO span VALUES (?, ?, ?, ?)", (*key, span.start_ns, json.dumps(span.as_dict())))
+                row = (*key, span.start_ns, json.dumps(span.as_dict()))
+                self._count += self._database.execute("INSERT OR IGNORE INTO span VALUES (?, ?, ?, ?)", row).rowcount
                 for link in span.links:
                     if link.trace_id != span.trace_id:
                         self._database.execute("INSERT OR IGNORE INTO link VALUES (?, ?)", (span.trace_id, link.trace_id))
                 for name, value in span.attributes.items():
-                    if name.startswith(INDEXED_PREFIX) and isinstance(value, str):
+                    if name.startswith(INDEXED_PREFIX) and name.endswith(INDEXED_SUFFIX) and isinstance(value, str):
                         self._database.execute("INSERT OR IGNORE INTO mark VALUES (?, ?, ?)", (name, value, span.trace_id))
             self._drop_oldest()
 
     def count(self) -> int:
         """How many spans are stored."""
         with self._lock:
-            return int(self._database.execute("SELECT count(*) FROM span").fetchone()[0])
+            return self._count
 
     def traces_with(self, attribute: str, value: str) -> list[str]:
         """The ids of the traces in which a span has this attribute, newest first."""
@@ -142,11 +145,15 @@ class SpanStore:
         return Found(sorted(spans, key=lambda span: span.start_ns), truncated)
 
     def _drop_oldest(self) -> None:
-        # By arrival, in large steps, so that the work is rare.
-        newest = self._database.execute("SELECT max(rowid) FROM span").fetchone()[0] or 0
-        oldest = self._database.execute("SELECT min(rowid) FROM span").fetchone()[0] or 0
-        if newest - oldest < self._most_spans:
+        if self._count <= self._most_spans:
             return
-        self._database.execute("DELETE FROM span WHERE rowid <= ?", (newest - self._most_spans * 3 // 4,))
+        # In large steps, so that the work is rare. What links connect tells how a version came about: single requests go first.
+        excess = self._count - self._most_spans * 3 // 4
+        single = "WHERE trace_id NOT IN (SELECT source FROM link UNION SELECT target FROM link)"
+        for condition in (single, ""):
+            chosen = f"SELECT rowid FROM span {condition} ORDER BY rowid LIMIT ?"  # noqa: S608 - one of the two above
+            dropped = self._database.execute(f"DELETE FROM span WHERE rowid IN ({chosen})", (excess,)).rowcount  # noqa: S608
+            self._count -= dropped
+            excess -= dropped
         self._database.execute("DELETE FROM mark WHERE trace_id NOT IN (SELECT trace_id FROM span)")
         self._database.execute("DELETE FROM link WHERE source NOT IN (SELECT trace_id FROM span)")
