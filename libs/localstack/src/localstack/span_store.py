@@ -1,4 +1,4 @@
-"""Spans in a SQLite file: found by trace or by attribute, followed along links in both directions; the oldest requests are dropped first."""
+"""Spans in a SQLite file: found by trace or by attribute, followed along links in both directions; the oldest requests go first."""
 
 from __future__ import annotations
 
