@@ -53,6 +53,18 @@ async def test_upstream_connections_are_reused(gateway: Gateway, runtime: Runtim
     assert len(runtime.seen) == 20
 
 
+async def test_idle_upstream_connections_are_kept_for_a_while_and_then_closed(gateway: Gateway, runtime: Runtime) -> None:
+    client = await gateway.connect()
+    assert (await client.infer()).status == 200
+    (pool, _) = gateway.plane.arms.pools()
+    pool.sweep(time.monotonic() + 25)
+    assert pool.connections == 1
+    pool.sweep(time.monotonic() + 60)
+    await until(lambda: runtime.open == 0)
+    assert (await client.infer()).status == 200
+    assert runtime.connections == 2
+
+
 async def test_a_connection_that_the_runtime_closed_is_replaced_without_an_error(gateway: Gateway, runtime: Runtime) -> None:
     client = await gateway.connect()
     runtime.behave = lambda seen: Answer(close=True)

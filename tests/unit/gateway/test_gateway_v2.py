@@ -91,11 +91,17 @@ def test_a_well_formed_request_has_no_fault(inputs: list[Any]) -> None:
     "inputs",
     [
         [], "x", [1], [{}], [tensor([None])], [tensor(["a"])], [tensor([1], "BYTES")], [tensor([1], "FLOAT32")], [tensor([1], shape=[2])],
+        [tensor([1.5], "INT64")], [tensor([300], "UINT8")], [tensor([-1], "UINT64")], [tensor([1], parameters=[])],
         [tensor([1], shape=[-1])], [tensor([1], shape="1")], [tensor([1], datatype=None)], [{**tensor([1]), "data": 1}], [tensor([True])],
     ],
 )  # fmt: skip
 def test_a_malformed_request_has_one(inputs: Any) -> None:
     assert fault(json.dumps({"inputs": inputs}).encode())
+
+
+@pytest.mark.parametrize("more", [{"id": 7}, {"parameters": 1}, {"outputs": "p"}, {"outputs": [{"name": 1}]}, {"outputs": [[]]}])
+def test_what_stands_beside_the_inputs_may_be_malformed_too(more: dict[str, Any]) -> None:
+    assert fault(json.dumps({"inputs": [tensor([1])], **more}).encode())
 
 
 def answer(*outputs: dict[str, Any], model: str = "m") -> bytes:

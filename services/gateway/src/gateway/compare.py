@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gateway.kv2 import flatten, name_span
-
-_FLOATS = {"FP16", "FP32", "FP64", "BF16"}
+from gateway.kv2 import FLOATS, flatten, name_span
 
 
 class Incomparable(Exception):
@@ -32,7 +30,7 @@ def differs(primary: bytes, shadow: bytes, tolerance: float) -> bool:
         return True
     if left.keys() != right.keys():
         return True
-    floating = [name for name in left if left[name][0] in _FLOATS or right[name][0] in _FLOATS]
+    floating = [name for name in left if left[name][0] in FLOATS or right[name][0] in FLOATS]
     for name in floating:
         if _apart(left[name][1], right[name][1], tolerance):
             return True

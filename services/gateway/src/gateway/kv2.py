@@ -111,7 +111,9 @@ def is_unknown_model(body: bytes) -> bool:
     return _UNKNOWN_MODEL.match(body) is not None
 
 
-_NUMERIC = {"FP16", "FP32", "FP64", "BF16", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"}
+FLOATS = frozenset({"FP16", "FP32", "FP64", "BF16"})
+_INTEGERS = {f"INT{bits}": range(-(1 << bits - 1), 1 << bits - 1) for bits in (8, 16, 32, 64)}
+_INTEGERS |= {f"UINT{bits}": range(1 << bits) for bits in (8, 16, 32, 64)}
 
 
 def fault(body: bytes) -> str | None:
@@ -126,26 +128,30 @@ def fault(body: bytes) -> str | None:
         return "the body is not JSON"
     if not isinstance(request, dict):
         return "the body is not a JSON object"
-    inputs = request.get("inputs")
+    if not isinstance(request.get("id", ""), str) or not isinstance(request.get("parameters", {}), dict):
+        return "id is not a text, or parameters is not an object"
+    inputs, outputs = request.get("inputs"), request.get("outputs", [])
     if not isinstance(inputs, list) or not inputs:
         return "inputs is not a list of tensors"
-    for tensor in inputs:
-        wrong = _tensor_fault(tensor)
-        if wrong is not None:
-            return wrong
-    return None
+    if not isinstance(outputs, list) or not all(_is_named(output) for output in outputs):
+        return "outputs is not a list of named tensors"
+    return next((wrong for tensor in inputs if (wrong := _tensor_fault(tensor)) is not None), None)
+
+
+def _is_named(tensor: Any) -> bool:
+    return isinstance(tensor, dict) and isinstance(tensor.get("name"), str) and isinstance(tensor.get("parameters", {}), dict)
 
 
 def _tensor_fault(tensor: Any) -> str | None:
-    if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
-        return "an input has no name"
+    if not _is_named(tensor):
+        return "an input has no name, or its parameters are not an object"
     name, shape, datatype = tensor["name"], tensor.get("shape"), tensor.get("datatype")
     if not isinstance(datatype, str):
         return f"input {name!r} has no datatype"
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         return f"the shape of input {name!r} is not a list of sizes"
     parameters = tensor.get("parameters")
-    if isinstance(parameters, dict) and "binary_data_size" in parameters:
+    if parameters is not None and "binary_data_size" in parameters:
         return None
     data = tensor.get("data")
     if not isinstance(data, list):
@@ -156,8 +162,10 @@ def _tensor_fault(tensor: Any) -> str | None:
         count *= size
     if len(elements) != count:
         return f"input {name!r} has {len(elements)} elements, its shape asks for {count}"
-    if datatype in _NUMERIC:
+    if datatype in FLOATS:
         right = all(type(element) in (int, float) for element in elements)
+    elif datatype in _INTEGERS:
+        right = all(type(element) is int and element in _INTEGERS[datatype] for element in elements)
     elif datatype == "BOOL":
         right = all(type(element) in (bool, int) for element in elements)
     elif datatype == "BYTES":

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from enum import Enum
+from time import monotonic
 from typing import Protocol
 
 import httptools
@@ -287,7 +288,8 @@ class Pool:
         self._all: set[Connection] = set()
         self._waiting: deque[Receiver] = deque()
         self._connecting: set[asyncio.Task[None]] = set()
-        self._now = 0.0
+        # As of the last sweep: exact enough to tell what has been idle for long.
+        self._now = monotonic()
         self._closed = False
         self.opened_total = 0
 
