@@ -15,6 +15,7 @@ from eventing.memory import MemoryBroker
 from eventing.partitioning import partition_of
 from eventing.watchdog import Stuck
 from servicekit.errors import NotFound, Unavailable
+from sqlalchemy import exc as sa_exc
 
 
 def apart(count):
@@ -95,6 +96,56 @@ async def test_a_deadlock_makes_the_batch_run_one_by_one(local, until, state):
     await local.consume({"run.finished": handler})
     await until(lambda: local.effects("run"), list(range(1, 21)))
     assert handler.seen.count(("run", 20)) == 1
+
+
+async def test_a_conflict_at_the_commit_makes_the_batch_run_one_by_one(local, until):
+    class Original(Exception):
+        sqlstate = "40001"
+
+    sizes = []
+    for _ in range(5):
+        await local.emit("run")
+    await local.relay()
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    consumer = local.consumer()
+    apply = consumer.inbox.apply
+
+    async def conflicting(batch, *args, **options):
+        sizes.append(len(batch))
+        if sizes in ([5], [5, 1]):  # the batch, and then its first event alone
+            raise sa_exc.DBAPIError("COMMIT", {}, Original())
+        return await apply(batch, *args, **options)
+
+    consumer.inbox.apply = conflicting
+    await consumer.start()
+    await until(lambda: local.effects("run"), [1, 2, 3, 4, 5])
+    assert sizes[:2] == [5, 1]
+
+
+async def test_a_bug_beside_the_handlers_is_loud_too(local, until):
+    consumer = local.consumer(watchdog_s=0.1)
+
+    async def broken(partitions):
+        raise ZeroDivisionError("a bug")
+
+    await consumer.start()
+    await until(lambda: consumer.ready(), None)
+    consumer._broker.offsets = broken
+    assert isinstance(await failure(consumer), ZeroDivisionError)
+
+
+async def test_a_partition_that_waits_stays_put_off_when_the_partitions_are_shared_anew(local, until):
+    slow, quick = apart(2)
+    handler = Flaky(local, {b"later": [Unavailable("not yet")]})
+    await local.relay()
+    first = await local.consume({"run.finished": handler}, max_backoff_s=0.5)
+    await local.emit(slow, payload=b"later")
+    await until(lambda: handler.seen, [(slow, 1)])
+    second = await local.consume({"run.finished": handler})
+    await local.emit(quick)
+    await until(lambda: local.effects(quick), [1])
+    await until(lambda: local.effects(slow), [1])
+    await until(lambda: (first.ready(), second.ready()), (None, None))
 
 
 async def test_an_event_that_deadlocks_alone_waits_and_is_tried_again(local, until):

@@ -69,6 +69,7 @@ def test_names_that_are_not_in_the_table_are_refused():
         ({"key": ""}, Invalid, "needs a key"),
         ({"sequence": 0}, Invalid, "counts from 1"),
         ({"payload": bytes(101)}, TooLarge, "101 bytes, the limit is 100"),
+        ({"subject": "s" * 4000}, TooLarge, "more than 4000 characters"),
     ],
 )
 async def test_the_outbox_refuses_what_could_not_be_published(changes, error, reason):

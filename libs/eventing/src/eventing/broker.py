@@ -78,7 +78,9 @@ class OffsetOutOfRange(Exception):
 class Producer(Protocol):
     """Sends records. After any error it must not be used again, only stopped."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Connects. Where this fails nothing is left open."""
+        ...
 
     async def send(self, records: Sequence[Record], timeout_s: float = 10.0) -> Sequence[BaseException | None]:
         """Sends and waits for the acknowledgement of all in-sync replicas; one outcome per record, None = acknowledged.
@@ -99,7 +101,9 @@ class Reader(Protocol):
     A partition is silent until its position is given by `seek`, also after every new assignment.
     """
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Connects. Where this fails nothing is left open."""
+        ...
 
     async def poll(self, max_records: int, timeout_s: float) -> Polled:
         """Waits up to `timeout_s` for records. Raises OffsetOutOfRange. A single caller at a time."""

@@ -27,6 +27,15 @@ _log = logging.getLogger(__name__)
 _MAX_BATCH_BYTES = 1_000_000
 """Of one record batch; the broker's default limit is 1,048,588."""
 
+_LOUD = (
+    kafka_errors.TopicAuthorizationFailedError,
+    kafka_errors.GroupAuthorizationFailedError,
+    kafka_errors.CorruptRecordException,
+    kafka_errors.RecordTooLargeError,
+    kafka_errors.UnsupportedCodecError,
+)
+"""What no new consumer would mend. (aiokafka has passed over the record that is corrupt or too large.)"""
+
 _TOPIC_WAIT_S = 2.0
 """How long a send looks for a topic that it does not know yet."""
 
@@ -162,6 +171,7 @@ class _KafkaProducer:
         try:
             await _bounded(self._producer.start(), self._request_timeout_s)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
+            await self.stop()
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
 
     async def send(self, records: Sequence[Record], timeout_s: float = 10.0) -> Sequence[BaseException | None]:
@@ -269,7 +279,10 @@ class _KafkaReader:
                 assigned = frozenset(Partition(topic, number) for topic in self._topics for number in range(counts[topic]))
                 self._consumer.assign([TopicPartition(*partition) for partition in assigned])
                 self.assigned(assigned)
-        except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
+        except (kafka_errors.KafkaError, OSError, TimeoutError, Unavailable) as exc:
+            await self.stop()
+            if isinstance(exc, Unavailable):
+                raise
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
 
     def assigned(self, assigned: frozenset[Partition]) -> None:
@@ -317,7 +330,7 @@ class _KafkaReader:
             if partition not in self._positioned:
                 return []
             raise OffsetOutOfRange(partition, offset) from exc
-        except kafka_errors.AuthorizationError:
+        except _LOUD:
             raise
         except (kafka_errors.KafkaError, OSError) as exc:
             raise Unavailable(f"Kafka does not deliver: {exc!r}") from exc

@@ -19,6 +19,9 @@ from eventing import topics, tracing
 from eventing.envelope import Event
 from eventing.schema import Tables, tables
 
+_MAX_NAMES = 4000
+"""Keeps the headers small beside the payload: a record that the broker refuses would hold up the whole outbox."""
+
 _COLUMNS = "shard, topic, key, sequence, event_id, type, subject, traceparent, must_understand, time, payload"
 
 
@@ -44,8 +47,9 @@ class Outbox:
     async def append(self, conn: AsyncConnection, events: Sequence[Event]) -> None:
         """Writes events in the caller's transaction, in their order. Call `committed` when it has committed.
 
-        Raises Invalid for an unknown or best-effort topic, an empty key or a sequence below 1, TooLarge for a payload over the
-        limit, and what the database raises: a sequence that was used before is an IntegrityError, a bug of the caller.
+        Raises Invalid for an unknown or best-effort topic, an empty key or a sequence below 1, TooLarge for a payload over the limit
+        or names of more than 4,000 characters, and what the database raises: a sequence that was used before is an IntegrityError,
+        a bug of the caller.
         """
         if not events:
             return
@@ -71,6 +75,8 @@ class Outbox:
             topics.durable(event.topic)
         if not event.key:
             raise Invalid(f"an event of {event.topic} needs a key")
+        if len(event.key) + len(event.subject) + len(event.type) > _MAX_NAMES:
+            raise TooLarge(f"key, subject and type of an event of {event.topic} have more than {_MAX_NAMES} characters together")
         if event.sequence < 1 and not notice:
             raise Invalid(f"sequence {event.sequence} of {event.type} {event.key}: a key counts from 1")
         if len(event.payload) > self._max_payload:
