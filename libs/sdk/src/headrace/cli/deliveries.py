@@ -43,7 +43,7 @@ def apply(
         return
     delivery = answer["delivery"]
     if answer.get("diff"):
-        console.print(answer["diff"], markup=False)
+        print(answer["diff"].rstrip())
     for field in answer.get("loosened", []):
         console.print(f"looser than before: {field}", markup=False)
     console.print(f"{delivery['name']}: {'would be ' if dry_run else ''}{answer['outcome']} (revision {delivery['revision']})")

@@ -15,8 +15,9 @@ from headrace.http import HeadraceError, InvalidInput
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# Into a file or a pipe, lines are as long as they need to be.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -84,17 +84,23 @@ def show(which: Which, json: JsonFlag = False) -> None:
 
 
 @rollout.command()
-def explain(which: Which, json: JsonFlag = False) -> None:
+def explain(
+    which: Which,
+    windows: Annotated[bool, typer.Option("--windows", help="Also the windows that changed nothing.")] = False,
+    json: JsonFlag = False,
+) -> None:
     """Every decision of a rollout, and why it was taken."""
     with Client() as client:
         answer = client.get(f"/api/v1/rollouts/{_find(client, which)}/explain")
     if json:
         print_json(answer)
         return
+    decisions = [d for d in answer["decisions"] if windows or d["from_state"] != d["to_state"]]
     table(
-        ["#", "at", "from", "to", "why"],
-        ([d["sequence"], d["at"], d["from_state"], d["to_state"], d["reason"]] for d in answer["decisions"]),
+        ["#", "at", "from", "to", "why"], ([d["sequence"], d["at"][11:23], d["from_state"], d["to_state"], d["reason"]] for d in decisions)
     )
+    if hidden := len(answer["decisions"]) - len(decisions):
+        console.print(f"{hidden} windows changed nothing (--windows shows them)", style="dim")
     _guards(answer["rollout"])
 
 
