@@ -21,7 +21,7 @@ from headrace.cli.training import upload_source
 from headrace.config import Connection
 from headrace.datasets import push_dataset
 from headrace.http import Client, HeadraceError
-from localstack import api
+from localstack import api, layout
 from rich.console import Console
 from rich.table import Table
 from uv import find_uv_bin
@@ -149,7 +149,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
         expect(bool(lineage["data"]), "the trace of a prediction must lead to the data")
         expect(bool(traced["tree"]), "the spans of the request must be there")
         notes.append(f"request {request_id}")
-    tell(story, asyncio.run(read_all(info.kafka)), ledger, traced)
+    tell(story, asyncio.run(read_all(layout.make(state_dir.resolve(), running=True).addresses.kafka)), ledger, traced)
     check_ledger(ledger, str(first["version"]), str(second["version"]))
     total = time.monotonic() - story.began
     console.print(
