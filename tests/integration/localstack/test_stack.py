@@ -83,8 +83,8 @@ def prepared(folder: Path) -> Path:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder whose path has a space in it; what runs there is stopped after the test."""
-    folder = prepared(tmp_path / "with a space" / ".headrace")
+    """A state folder whose path is no plain word; what runs there is stopped after the test."""
+    folder = prepared(tmp_path / "with a space, and ü" / ".headrace")
     yield folder
     api.down(folder)
 

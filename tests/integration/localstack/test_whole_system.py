@@ -80,8 +80,7 @@ async def test_a_role_is_refused_with_anothers_password_and_in_anothers_schema(s
         await connection.close()
 
 
-def test_a_killed_service_comes_back_on_the_same_address(own_system: Callable[[], Stack]) -> None:
-    system = own_system()
+def test_a_killed_service_comes_back_on_the_same_address(system: Stack) -> None:
     state = system.paths.state
     before = {row.name: row for row in api.status(state)}
     for name in ("tracker", "gateway"):
@@ -91,12 +90,8 @@ def test_a_killed_service_comes_back_on_the_same_address(own_system: Callable[[]
 
     def back() -> bool:
         rows = {row.name: row for row in api.status(state)}
-        return all(rows[name].state == "ready" and rows[name].restarts == 1 for name in ("tracker", "gateway"))
+        return all(rows[name].state == "ready" and rows[name].restarts > before[name].restarts for name in ("tracker", "gateway"))
 
     until(back)
     assert {row.name: row.port for row in api.status(state)} == {name: row.port for name, row in before.items()}
     until(lambda: get(system.addresses.gateway, "/api/v1/models", system.addresses.admin_key) == 200)
-
-    services = [service.name for service in SERVICES]
-    assert set(services) < set(api.down(state))
-    assert {row.pid for row in api.status(state)} == {None}

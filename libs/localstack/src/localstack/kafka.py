@@ -29,6 +29,7 @@ _JVM = (
     "--sun-misc-unsafe-memory-access=allow",
 )
 
+# Relative to the broker's folder: in a properties file a comma would make two paths of one, and only ASCII is safe.
 # One node: internal topics have one copy. The short session makes a killed broker come back in 4 s instead of 13.
 _SETTINGS = """\
 process.roles=broker,controller
@@ -38,7 +39,7 @@ controller.listener.names=CONTROLLER
 listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller}
 advertised.listeners=PLAINTEXT://{host}:{port}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
-log.dirs={data}
+log.dirs=data
 auto.create.topics.enable=false
 group.initial.rebalance.delay.ms=0
 group.min.session.timeout.ms=1000
@@ -151,7 +152,7 @@ class Kafka:
             self.child.stop(15)
 
     def _write_settings(self) -> None:
-        text = _SETTINGS.format(host=LOOPBACK, port=self.port, controller=self._controller_port, data=_property(self.directory / "data"))
+        text = _SETTINGS.format(host=LOOPBACK, port=self.port, controller=self._controller_port)
         (self.directory / "server.properties").write_text(text)
         (self.directory / "log4j2.properties").write_text(_LOGGING.format())
 
@@ -171,11 +172,6 @@ def _environment(directory: Path, jar_folder: Path) -> dict[str, str]:
     # Two screens of class path, which nobody wants to see in `ps`.
     path = os.environ.get("PATH", "/usr/bin:/bin")
     return {"PATH": path, "CLASSPATH": _classpath(jar_folder), "LC_ALL": "C.UTF-8", "TZ": "UTC", "LOG_DIR": str(directory)}
-
-
-def _property(path: Path) -> str:
-    """A path as a value in a Java properties file."""
-    return str(path).replace("\\", "\\\\")
 
 
 def _format(jar_folder: Path, settings: Path, cluster_id: str) -> None:

@@ -68,7 +68,8 @@ class Seaweed:
             binary(),
             "-logtostderr=true",
             "mini",
-            f"-dir={self.directory / 'data'}",
+            # Relative: a comma in a path would make two folders of it.
+            "-dir=data",
             f"-ip={LOOPBACK}",
             f"-ip.bind={LOOPBACK}",
             *(f"-{name}.port={self.port + offset}" for offset, name in enumerate(names)),
