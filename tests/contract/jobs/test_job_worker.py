@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -360,6 +360,49 @@ async def test_a_bug_in_on_end_stops_the_worker_loudly(queue: JobQueue) -> None:
         await asyncio.wait_for(worker.wait(), 20)
     await worker.stop()
     assert (await queue.list())[0].state is State.RUNNING  # its transaction did not commit
+
+
+async def test_an_end_that_cannot_be_recorded_leaves_the_job_to_its_lease(queue: JobQueue, caplog: pytest.LogCaptureFixture) -> None:
+    told = asyncio.Event()
+
+    async def broken(conn: AsyncConnection, job: Job, outcome: Ended) -> None:
+        told.set()
+        raise ZeroDivisionError
+
+    async def handler(job: Job, ctx: JobContext) -> None: ...
+
+    async with working(queue, handler, on_end=broken, lease_s=3600):
+        job_id = await add(queue)
+        await asyncio.wait_for(told.wait(), 20)
+    assert (await queue.get(job_id)).state is State.RUNNING
+    assert "could not be recorded" in caplog.text
+
+
+async def test_a_job_that_was_claimed_while_the_worker_stopped_is_handed_back(queue: JobQueue) -> None:
+    claimed, go_on = asyncio.Event(), asyncio.Event()
+
+    class SlowAnswer(JobQueue):
+        async def claim(self, kinds: Collection[str], worker: str, lease_s: float) -> Job | None:
+            job = await super().claim(kinds, worker, lease_s)
+            if job is not None:
+                claimed.set()
+                await go_on.wait()
+            return job
+
+    slow = SlowAnswer(queue.engine, "svc", SystemClock(), SystemIds())
+
+    async def handler(job: Job, ctx: JobContext) -> None:
+        raise AssertionError("it was told to stop")
+
+    async with working(slow, handler) as worker:
+        job_id = await add(slow)
+        await asyncio.wait_for(claimed.wait(), 20)
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.wait_for(stopping, 20)
+    record = await queue.get(job_id)
+    assert (record.state, record.attempt) == (State.QUEUED, 0)
 
 
 async def test_it_survives_a_database_that_goes_and_comes(own_postgres: Callable[[], Any]) -> None:
