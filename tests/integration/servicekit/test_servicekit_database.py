@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -194,3 +198,39 @@ def test_errors_of_others_are_left_alone() -> None:
     assert not db.is_transient(ValueError("x"))
     ours = HeadraceError("x")
     assert db.translate(ours) is ours
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from typing import ClassVar
+from servicekit.main import main
+from servicekit.settings import ServiceSettings
+
+class Settings(ServiceSettings):
+    service_name: ClassVar[str] = "example"
+
+def build(settings):
+    raise AssertionError("only a run builds")
+
+main(Settings, build, Path(sys.argv[1]), argv=sys.argv[2:])
+"""
+
+
+def run_program(url: str, migrations: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HEADRACE_")} | {"HEADRACE_DATABASE_URL": url}
+    command = [sys.executable, "-c", PROGRAM, str(migrations), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
+
+
+async def test_migrate_is_a_command(database: str, migrations: Path) -> None:
+    done = await asyncio.to_thread(run_program, sqlalchemy_url(database), migrations, "migrate")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert await query(database, "SELECT version_num FROM example.alembic_version") == [("0001",)]
+
+
+def test_a_migration_that_fails_says_so_in_the_log(migrations: Path) -> None:
+    done = run_program("postgresql+asyncpg://nobody:hunter2@127.0.0.1:1/none", migrations, "migrate")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert json.loads(done.stdout.splitlines()[-1])["level"] == "CRITICAL"
+    assert "hunter2" not in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from servicekit import lifecycle, telemetry
 from servicekit import settings as settings_module
 from servicekit.lifecycle import Component
 from servicekit.settings import SettingsT
+
+_log = logging.getLogger(__name__)
 
 Build = Callable[[SettingsT], Sequence[Component] | Awaitable[Sequence[Component]]]
 """A service's `bootstrap.build`: called within the event loop, returns the components in the order in which they start."""
@@ -50,7 +53,11 @@ def main(
         if arguments.command == "migrate" and migrations is not None:
             from servicekit import migrate  # Alembic is needed here only, and costs time to import
 
-            migrate.run(settings, schema or name, migrations)
+            try:
+                migrate.run(settings, schema or name, migrations)
+            except Exception as error:
+                _log.critical("the schema of %s could not be migrated", name, exc_info=error)
+                raise SystemExit(1) from None
         else:
             uvloop.run(_run(name, settings, build, arguments.announce))
     finally:
