@@ -150,7 +150,7 @@ async def test_a_holdout_that_was_never_pushed(evaluator: Any) -> None:
 async def test_a_process_that_dies_is_tried_again_and_then_the_evaluation_fails_with_the_reason(start: Any) -> None:
     evaluator = await start(worker_timeout_s=1.5)
     await evaluator.apply()
-    run_id = await evaluator.finish_run(await evaluator.logged(evaluator.tiny.linear(1.0, endless=True)))
+    run_id = await evaluator.finish_run(await evaluator.logged(evaluator.tiny.linear(1.0, spins=evaluator.tiny.ENDLESS)))
     told = await evaluator.outcome_of(run_id)
     assert told.type == "eval.failed"
     assert "could not be evaluated" in told.message.reason

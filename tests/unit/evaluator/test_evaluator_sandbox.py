@@ -137,7 +137,7 @@ async def test_what_the_model_does_wrong_is_told(tiny: ModuleType, tmp_path: Pat
 
 
 async def test_a_model_that_never_ends_is_ended(tiny: ModuleType, tmp_path: Path, rows: Path) -> None:
-    data = tiny.linear(1.0, endless=True)
+    data = tiny.linear(1.0, spins=tiny.ENDLESS)
     predictor = SandboxPredictor(Limits(timeout_s=3), work_dir=tmp_path)
     with pytest.raises(Unavailable, match="longer than 3 s"):
         await predictor.predict(written(tmp_path, data), tiny.declared(data), rows, None, measure=False)
@@ -145,7 +145,7 @@ async def test_a_model_that_never_ends_is_ended(tiny: ModuleType, tmp_path: Path
 
 
 async def test_a_process_that_is_killed_is_a_passing_fault(tiny: ModuleType, tmp_path: Path, rows: Path) -> None:
-    data = tiny.linear(1.0, endless=True)
+    data = tiny.linear(1.0, spins=tiny.ENDLESS)
     predictor = SandboxPredictor(Limits(cpu_seconds=1), work_dir=tmp_path)
     with pytest.raises(Unavailable, match="died"):
         await predictor.predict(written(tmp_path, data), tiny.declared(data), rows, None, measure=False)
@@ -159,7 +159,7 @@ async def test_too_much_memory_ends_the_process_or_the_prediction_and_not_us(tin
 
 
 async def test_cancelling_leaves_no_process_behind(tiny: ModuleType, tmp_path: Path, rows: Path) -> None:
-    data = tiny.linear(1.0, endless=True)
+    data = tiny.linear(1.0, spins=tiny.ENDLESS)
     predictor = SandboxPredictor(work_dir=tmp_path)
     work = asyncio.create_task(predictor.predict(written(tmp_path, data), tiny.declared(data), rows, None, measure=False))
     async with asyncio.timeout(30):

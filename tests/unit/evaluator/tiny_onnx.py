@@ -23,8 +23,11 @@ def probability(slope: float, x: np.ndarray[Any, Any], kinds: list[str]) -> np.n
     return answer
 
 
-def linear(slope: float, *, breaks_above: float | None = None, endless: bool = False) -> bytes:
-    """sigmoid(slope * x + 0.5 if kind is "late"). `breaks_above`: fails at run time for greater x. `endless`: never comes to an end."""
+ENDLESS = 2**62
+
+
+def linear(slope: float, *, breaks_above: float | None = None, spins: int = 0) -> bytes:
+    """sigmoid(slope * x + 0.5 if kind is "late"). `breaks_above`: fails at run time for greater x. `spins`: loops so often for nothing."""
     node = helper.make_node
     nodes = [
         node("LabelEncoder", ["kind"], ["shift"], domain="ai.onnx.ml", keys_strings=["late"], values_floats=[0.5], default_float=0.0),
@@ -50,8 +53,8 @@ def linear(slope: float, *, breaks_above: float | None = None, endless: bool = F
             node("Mul", [last, "factor"], ["checked"]),
         ]
         last = "checked"
-    if endless:
-        constants["often"] = np.array(2**62, np.int64)
+    if spins:
+        constants["often"] = np.array(spins, np.int64)
         nodes += [node("Loop", ["often", "", "one"], ["spun"], body=_spin()), node("Mul", [last, "spun"], ["spun_out"])]
         last = "spun_out"
     nodes.append(node("Identity", [last], ["probability"]))

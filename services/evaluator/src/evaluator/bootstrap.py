@@ -105,6 +105,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
         queue,
         {EVALUATE: jobs.evaluate},
         concurrency=settings.evaluations_at_once,
+        lease_s=settings.job_lease_s,
         on_end=jobs.on_end,
         committed=store.committed,
         grace_s=settings.shutdown_grace_s / 2,

@@ -22,6 +22,7 @@ class EvaluatorSettings(ServiceSettings):
     s3_secure: bool = Field(default=False, description="Whether the object store is reached by TLS.")
     download_url_ttl_s: int = Field(default=3_600, gt=0, le=7 * 86_400, description="Seconds that a presigned download URL is good for.")
     evaluations_at_once: int = Field(default=1, gt=0, description="How many evaluations this process does at the same time.")
+    job_lease_s: float = Field(default=30, gt=0, description="Seconds after which the evaluation of a process that died is taken over.")
     sandbox: Literal["namespaces", "none"] = Field(
         default="namespaces",
         description="How models run: in namespaces of their own or, where those are not allowed and the place itself is isolated, without.",
