@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import asyncpg
 import numpy
@@ -11,7 +14,8 @@ import tritonclient.grpc as grpcclient
 import tritonclient.utils
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from localstack import kafka_wire, s3_probe, server
+from localstack import kafka_wire, process, s3_probe, server
+from localstack.throwaway import ThrowawayServers
 
 
 async def test_each_database_is_empty_and_of_its_own(new_database) -> None:
@@ -66,6 +70,29 @@ def test_a_killed_kafka_comes_back_as_the_same_cluster(own_kafka) -> None:
     server.crash(kafka)
     server.restart(kafka)
     assert kafka_wire.describe(("127.0.0.1", kafka.port)).cluster_id == kafka.cluster_id
+
+
+def test_what_a_killed_test_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    script = f"""
+import pathlib, time
+from localstack.throwaway import ThrowawayServers
+servers = ThrowawayServers(pathlib.Path({str(tmp_path)!r}))
+print(servers.mark, servers.seaweed.port, servers.triton.directory, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        mark, port, directory = run.stdout.readline().split()
+        links = Path((Path(directory) / "links").read_text().strip())
+        sockets = Path(f"/tmp/seaweedfs-s3-{port}.sock")
+        assert links.exists()
+        assert sockets.exists()
+        run.kill()
+    ThrowawayServers(tmp_path).close()
+    assert list(process.marked(mark)) == []
+    assert not links.exists()
+    assert not sockets.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_triton_runs_a_pushed_model_only_for_those_who_know_the_secret(triton) -> None:

@@ -182,7 +182,7 @@ def test_up_moves_a_server_whose_port_somebody_took(state: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     thief = until(lambda: listen_on(stack.postgres.port))
     try:
-        until(lambda: rows(state)["postgres"].restarts >= 4)
+        until(lambda: rows(state)["postgres"].restarts >= 2)
         assert up(state).postgres.port != stack.postgres.port
     finally:
         thief.close()

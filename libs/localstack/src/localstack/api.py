@@ -74,7 +74,7 @@ def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool
     _check_machine()
     with exclusive(paths.order), shown(progress) as show:
         running = paths.supervisor()
-        if running is None or _needs_restart(paths.read(), with_services):
+        if running is None or _needs_restart(paths, with_services):
             _start(paths, show, with_services, die_with_us)
         try:
             _await_ready(paths, show)
@@ -167,10 +167,17 @@ def logs(state_dir: Path, names: Sequence[str] = (), *, follow: bool = False, li
             time.sleep(0.2)
 
 
-def _needs_restart(content: dict[str, Any], with_services: bool) -> bool:
+def _needs_restart(paths: Paths, with_services: bool) -> bool:
     """Whether a running supervisor cannot give what is asked for: it has no services, or a part keeps failing (ports are chosen anew)."""
-    given_up = any(part["state"] == "failed" and part["restarts"] >= _TRIES for part in content["parts"])
+    content = paths.read()
+    given_up = any(part["state"] == "failed" and _is_given_up(paths, part) for part in content["parts"])
     return given_up or (with_services and not content["with_services"])
+
+
+def _is_given_up(paths: Paths, part: dict[str, Any]) -> bool:
+    # Nobody gives a port back: no need to try as often as with other faults.
+    restarts: int = part["restarts"]
+    return restarts >= _TRIES or (restarts >= 2 and _lost_a_port(paths))
 
 
 def _lost_a_port(paths: Paths) -> bool:
@@ -238,8 +245,7 @@ def _await_ready(paths: Paths, show: Progress) -> None:
         if not late:
             return
         for part in late:
-            # Nobody gives a port back: no need to try as often as with other faults.
-            if part["restarts"] >= _TRIES or (part["restarts"] >= 2 and _lost_a_port(paths)):
+            if _is_given_up(paths, part):
                 raise StackError(f"{part['name']} does not start: {part['detail']}\n(`headrace logs {part['name']}` shows more)")
         if paths.supervisor() is None:
             raise StackError(f"the supervisor ended; its log ends:\n{process.tail(paths.supervisor_log)}")

@@ -68,10 +68,9 @@ class Ports:
         named = [span for name, span in self._taken.items() if name == part or name.startswith(f"{part}-")]
         return [port for first, count in named for port in range(first, first + count)]
 
-    def forget(self, name: str) -> None:
-        """The next claim chooses anew."""
-        if self._taken.pop(name, None) is not None:
-            self._save()
+    def spans(self) -> list[range]:
+        """All that is remembered: the ports of each name."""
+        return [range(first, first + count) for first, count in self._taken.values()]
 
     def _save(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)

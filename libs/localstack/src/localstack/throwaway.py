@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from localstack import api, layout, process, server
+from localstack import api, layout, process, seaweed, server, triton
 from localstack.cache import Progress, Silent
 from localstack.errors import NotReady, StackError
 from localstack.kafka import Kafka
@@ -240,4 +240,10 @@ def _remove_abandoned(parent: Path) -> None:
         if not process.ProcessId(int(pid), int(started)).alive():
             for mark in (*folder.glob("mark"), *folder.glob("*/.headrace/stack-id")):
                 process.sweep(mark.read_text().strip())
+            for links in (*folder.glob("*/links"), *folder.glob("*/.headrace/triton/links")):
+                triton.sweep(links.parent)
+            for ports in (*folder.glob("ports.json"), *folder.glob("*/.headrace/ports.json")):
+                for span in Ports(ports).spans():
+                    if len(span) == SEAWEED_PORTS:
+                        seaweed.sweep(span.start)
             shutil.rmtree(folder, ignore_errors=True)
