@@ -41,6 +41,13 @@ class Harness:
         headers, _ = await asyncio.to_thread(_send, request)
         return headers["ETag"]
 
+    async def put_whole(self, url: str, data: bytes) -> None:
+        """What a client does with a URL of `presign_put`."""
+        if isinstance(self.store, MemoryStore):
+            self.store.put_object(url, data)
+            return
+        await asyncio.to_thread(_send, urllib.request.Request(url, data=data, method="PUT"))
+
     async def store_silently(self, key: str, data: bytes, recorded: str | None) -> None:
         """Puts an object as another program would: with any hash recorded, or none."""
         if isinstance(self.store, MemoryStore):
@@ -321,6 +328,7 @@ async def test_what_is_no_key_is_refused_everywhere(harness: Harness, key: str) 
         lambda: store.copy(key, "a"),
         lambda: store.copy("a", key),
         lambda: store.presign_get(key, 60),
+        lambda: store.presign_put(key, 60),
         lambda: store.start_multipart(key, 1),
         lambda: store.complete_multipart(key, "x", [Part(1, "x")]),
         lambda: store.abort_multipart(key, "x"),
@@ -362,6 +370,13 @@ async def test_a_client_uploads_in_parts(harness: Harness) -> None:
     assert await harness.store.digest(key) == Stored(key, len(data), digest(data))
     assert await drain(harness.store.get(key, sha256=digest(data))) == data
     assert await harness.open_uploads() == []
+
+
+async def test_a_client_uploads_in_one_piece(harness: Harness) -> None:
+    key = harness.key("with space")
+    await harness.put_whole(await harness.store.presign_put(key, 60), b"whole")
+    assert (await harness.store.stat(key)).sha256 is None
+    assert await harness.store.digest(key) == Stored(key, 5, digest(b"whole"))
 
 
 async def test_an_empty_file_is_one_part(harness: Harness) -> None:
