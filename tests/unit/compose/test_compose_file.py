@@ -22,8 +22,8 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = (*SERVICES, "init")
 
-# What may be left untold: nobody is told of approvals unless somebody says where, and this system keeps its traces in Jaeger.
-OPTIONAL_SECRETS = {("registry", "webhook_secret"), ("gateway", "traces_secret")}
+# What may be left untold: this system keeps its traces in Jaeger.
+OPTIONAL_SECRETS = {("gateway", "traces_secret")}
 
 
 def settings_class(service: str) -> type[ServiceSettings]:

@@ -8,9 +8,11 @@ import json
 from datetime import UTC, datetime
 from uuid import UUID
 
+import httpx
 import pytest
 from registry.adapters import webhooks
 from registry.domain.approvals import Approval
+from servicekit.clock import FakeClock
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -60,3 +62,61 @@ def test_public_addresses(address: str) -> None:
 )
 def test_addresses_within(address: str) -> None:
     assert not webhooks.is_public(address)
+
+
+class Wire(httpx.AsyncBaseTransport):
+    """Remembers what is sent where, and answers or fails as it is told, host by host."""
+
+    def __init__(self, answers: dict[str, int]) -> None:
+        self.answers = answers
+        self.requests: list[httpx.Request] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        if request.url.host not in self.answers:
+            raise httpx.ConnectError("refused", request=request)
+        return httpx.Response(self.answers[request.url.host], headers={"location": "http://127.0.0.1/"})
+
+
+async def send(url: str, addresses: list[str], wire: Wire, allow_private: bool = False) -> str:
+    async def resolver(host: str, port: int) -> list[str]:
+        if host == "unknown.example":
+            raise OSError("no such host")
+        return addresses
+
+    post = webhooks.WebhookPost(FakeClock(NOW), url, "secret", allow_private, resolver)
+    async with httpx.AsyncClient(transport=wire) as client:
+        return await post.send(client, "id", b"{}")
+
+
+async def test_it_connects_to_what_it_checked_and_proves_the_name() -> None:
+    wire = Wire({"93.184.216.34": 204})
+    assert await send("https://hooks.example:8443/a?b=c", ["2606:2800:220:1::1", "93.184.216.34"], wire) == ""
+    first, second = wire.requests
+    assert first.url.host == "2606:2800:220:1::1"
+    assert str(second.url) == "https://93.184.216.34:8443/a?b=c"
+    assert second.headers["host"] == "hooks.example:8443"
+    assert second.extensions["sni_hostname"] == "hooks.example"
+    assert second.headers["headrace-webhook-id"] == "id"
+    assert second.headers["headrace-signature"] == webhooks.sign("secret", b"{}", int(NOW.timestamp()))
+
+
+async def test_one_private_address_among_public_ones_is_enough_to_refuse() -> None:
+    wire = Wire({"93.184.216.34": 204, "10.0.0.1": 204})
+    assert "10.0.0.1, which is no public address" in await send("http://hooks.example/", ["93.184.216.34", "10.0.0.1"], wire)
+    assert wire.requests == []
+    assert await send("http://hooks.example/", ["10.0.0.1"], wire, allow_private=True) == ""
+
+
+async def test_why_it_failed_is_said() -> None:
+    assert await send("http://hooks.example/", ["93.184.216.34"], Wire({"93.184.216.34": 302})) == "answered 302"
+    assert await send("http://hooks.example/", ["93.184.216.34"], Wire({})) == "cannot connect: refused"
+    assert await send("http://hooks.example/", [], Wire({})) == "no address"
+    assert await send("http://unknown.example/", [], Wire({})) == "cannot resolve unknown.example: no such host"
+
+
+def test_waits_double_until_it_is_given_up() -> None:
+    waits = [webhooks.outcome(attempt, "x", NOW)["next_attempt_at"] - NOW for attempt in range(1, webhooks.MAX_ATTEMPTS)]
+    assert [wait.total_seconds() for wait in waits] == [2**n for n in range(webhooks.MAX_ATTEMPTS - 1)]
+    assert webhooks.outcome(webhooks.MAX_ATTEMPTS, "x", NOW) == {"gave_up_at": NOW, "last_error": "x"}
+    assert webhooks.outcome(3, "", NOW) == {"sent_at": NOW, "last_error": ""}

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from registry.adapters.sections import VALIDATE, GrpcSectionValidator
 from registry.adapters.store import SqlStore
 from registry.adapters.tables import SCHEMA
-from registry.adapters.webhooks import WebhookSender
+from registry.adapters.webhooks import WebhookPost, WebhookSender
 from registry.entrypoints import translate
 from registry.entrypoints.consumer import TOPICS, EventHandlers
 from registry.entrypoints.grpc import ACCESS, ACCESS_SERVICE, DEAD_LETTERS, REGISTRY, AccessServicer, RegistryServicer
@@ -105,7 +105,7 @@ def build(settings: RegistrySettings, broker: Broker | None = None) -> Sequence[
     ]
     if settings.webhook_url:
         secret = settings.webhook_secret.get_secret_value()
-        sender = WebhookSender(engine, clock, settings.webhook_url, secret, settings.webhook_allow_private)
+        sender = WebhookSender(engine, clock, WebhookPost(clock, settings.webhook_url, secret, settings.webhook_allow_private))
         outbox.on_committed(sender.wake)
         components.append(sender)
     return [*components, server]

@@ -111,79 +111,23 @@ async def resolve(host: str, port: int) -> Sequence[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-class WebhookSender(Background):
-    """The sending half: a component that takes due rows one by one. Several replicas share the work."""
+class WebhookPost:
+    """Sends one body to the one URL, from the address it checked."""
 
-    name = "webhooks"
-
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        clock: Clock,
-        url: str,
-        secret: str,
-        allow_private: bool,
-        *,
-        resolver: Resolve = resolve,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        super().__init__("webhooks")
-        self._engine = engine
+    def __init__(self, clock: Clock, url: str, secret: str, allow_private: bool, resolver: Resolve = resolve) -> None:
         self._clock = clock
         self._url = httpx.URL(url)
         self._secret = secret
         self._allow_private = allow_private
         self._resolve = resolver
-        self._transport = transport
-        self._woken = asyncio.Event()
 
-    def wake(self) -> None:
-        """Looks at the table soon: something may have been committed."""
-        self._woken.set()
-
-    async def _run(self) -> None:
-        # No proxy from the environment and no redirects: both would lead to an address that was not checked.
-        options: dict[str, Any] = {"trust_env": False, "follow_redirects": False, "timeout": TIMEOUT_S, "transport": self._transport}
-        async with httpx.AsyncClient(**options) as client:
-            while not self._stopping.is_set():
-                self._woken.clear()
-                try:
-                    while not self._stopping.is_set() and await self.send_next(client):
-                        pass
-                except Exception as error:
-                    if not db.is_transient(error):
-                        raise
-                    _log.warning("webhooks: the database is not available, trying again")
-                await self._wait()
-
-    async def send_next(self, client: httpx.AsyncClient) -> bool:
-        """Sends one row that is due and records how it went. False when none is due. Raises what the database raises."""
-        now = self._clock.now()
-        due = (webhook.c.next_attempt_at <= now) & webhook.c.sent_at.is_(None) & webhook.c.gave_up_at.is_(None)
-        first = select(webhook.c.id).where(due).order_by(webhook.c.next_attempt_at).limit(1).with_for_update(skip_locked=True)
-        taken = {"attempts": webhook.c.attempts + 1, "next_attempt_at": now + timedelta(seconds=LEASE_S)}
-        async with self._engine.begin() as conn:
-            statement = update(webhook).where(webhook.c.id == first.scalar_subquery()).values(taken)
-            row = (await conn.execute(statement.returning(webhook.c.id, webhook.c.body, webhook.c.attempts))).first()
-        if row is None:
-            return False
-        failure = await self._post(client, str(row.id), row.body.encode())
-        async with self._engine.begin() as conn:
-            outcome = self._outcome(row.attempts, failure, self._clock.now())
-            await conn.execute(update(webhook).where(webhook.c.id == row.id).values(outcome))
-        result = "sent" if not failure else "gave_up" if "gave_up_at" in outcome else "failed"
-        metrics.webhooks.add(1, {"outcome": result})
-        if failure:
-            _log.warning("webhook %s, attempt %d: %s", row.id, row.attempts, failure)
-        return True
-
-    async def _post(self, client: httpx.AsyncClient, webhook_id: str, body: bytes) -> str:
-        """Sends; returns why it failed, empty when the receiver took it."""
+    async def send(self, client: httpx.AsyncClient, webhook_id: str, body: bytes) -> str:
+        """Returns why it failed, empty when the receiver took it. May be repeated with the same id."""
         failure = "no address"
         try:
             for address in await self._addresses():
                 try:
-                    return await self._post_to(client, address, webhook_id, body)
+                    return await self._send_to(client, address, webhook_id, body)
                 except httpx.ConnectError as error:
                     failure = f"cannot connect: {error}"
         except (Forbidden, Unavailable) as error:
@@ -192,7 +136,7 @@ class WebhookSender(Background):
             failure = f"{type(error).__name__}: {error}"
         return failure[:500]
 
-    async def _post_to(self, client: httpx.AsyncClient, address: str, webhook_id: str, body: bytes) -> str:
+    async def _send_to(self, client: httpx.AsyncClient, address: str, webhook_id: str, body: bytes) -> str:
         at = int(self._clock.now().timestamp())
         headers = {
             "Host": self._url.netloc.decode(),
@@ -218,12 +162,57 @@ class WebhookSender(Background):
             raise Forbidden(f"{self._url.host} is {private[0]}, which is no public address; HEADRACE_WEBHOOK_ALLOW_PRIVATE=true allows it")
         return addresses
 
-    def _outcome(self, attempts: int, failure: str, now: datetime) -> dict[str, Any]:
-        if not failure:
-            return {"sent_at": now, "last_error": ""}
-        if attempts >= MAX_ATTEMPTS:
-            return {"gave_up_at": now, "last_error": failure}
-        return {"next_attempt_at": now + timedelta(seconds=2 ** (attempts - 1)), "last_error": failure}
+
+class WebhookSender(Background):
+    """The sending half: a component that takes due rows one by one. Several replicas share the work."""
+
+    name = "webhooks"
+
+    def __init__(self, engine: AsyncEngine, clock: Clock, post: WebhookPost) -> None:
+        super().__init__("webhooks")
+        self._engine = engine
+        self._clock = clock
+        self._post = post
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Looks at the table soon: something may have been committed."""
+        self._woken.set()
+
+    async def _run(self) -> None:
+        # No proxy from the environment and no redirects: both would lead to an address that was not checked.
+        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=TIMEOUT_S) as client:
+            while not self._stopping.is_set():
+                self._woken.clear()
+                try:
+                    while not self._stopping.is_set() and await self._send_next(client):
+                        pass
+                except Exception as error:
+                    if not db.is_transient(error):
+                        raise
+                    _log.warning("webhooks: the database is not available, trying again")
+                await self._wait()
+
+    async def _send_next(self, client: httpx.AsyncClient) -> bool:
+        """Sends one row that is due and records how it went. False when none is due. Raises what the database raises."""
+        now = self._clock.now()
+        due = (webhook.c.next_attempt_at <= now) & webhook.c.sent_at.is_(None) & webhook.c.gave_up_at.is_(None)
+        first = select(webhook.c.id).where(due).order_by(webhook.c.next_attempt_at).limit(1).with_for_update(skip_locked=True)
+        taken = {"attempts": webhook.c.attempts + 1, "next_attempt_at": now + timedelta(seconds=LEASE_S)}
+        async with self._engine.begin() as conn:
+            statement = update(webhook).where(webhook.c.id == first.scalar_subquery()).values(taken)
+            row = (await conn.execute(statement.returning(webhook.c.id, webhook.c.body, webhook.c.attempts))).first()
+        if row is None:
+            return False
+        failure = await self._post.send(client, str(row.id), row.body.encode())
+        changes = outcome(row.attempts, failure, self._clock.now())
+        async with self._engine.begin() as conn:
+            await conn.execute(update(webhook).where(webhook.c.id == row.id).values(changes))
+        result = "sent" if not failure else "gave_up" if "gave_up_at" in changes else "failed"
+        metrics.webhooks.add(1, {"outcome": result})
+        if failure:
+            _log.warning("webhook %s, attempt %d: %s", row.id, row.attempts, failure)
+        return True
 
     def _wake(self) -> None:
         self._woken.set()
@@ -232,3 +221,12 @@ class WebhookSender(Background):
         with suppress(TimeoutError):
             async with asyncio.timeout(POLL_S):
                 await self._woken.wait()
+
+
+def outcome(attempts: int, failure: str, now: datetime) -> dict[str, Any]:
+    """What becomes of a row after so many attempts: sent, given up, or tried again after twice the wait before."""
+    if not failure:
+        return {"sent_at": now, "last_error": ""}
+    if attempts >= MAX_ATTEMPTS:
+        return {"gave_up_at": now, "last_error": failure}
+    return {"next_attempt_at": now + timedelta(seconds=2 ** (attempts - 1)), "last_error": failure}
