@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import numpy
@@ -15,10 +17,12 @@ import tritonclient.utils
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from localstack import kafka_wire, process, s3_probe, server
+from localstack.kafka import Kafka
+from localstack.postgres import Postgres
 from localstack.throwaway import ThrowawayServers
 
 
-async def test_each_database_is_empty_and_of_its_own(new_database) -> None:
+async def test_each_database_is_empty_and_of_its_own(new_database: Callable[[], str]) -> None:
     first, second = new_database(), new_database()
     connection = await asyncpg.connect(first)
     await connection.execute("CREATE TABLE seen (id int)")
@@ -28,7 +32,7 @@ async def test_each_database_is_empty_and_of_its_own(new_database) -> None:
     await connection.close()
 
 
-async def test_a_record_goes_through_the_broker(stack_servers, topic_prefix) -> None:
+async def test_a_record_goes_through_the_broker(stack_servers: Any, topic_prefix: str) -> None:
     topic = f"{topic_prefix}notes"
     admin = AIOKafkaAdminClient(bootstrap_servers=stack_servers.kafka)
     await admin.start()
@@ -45,19 +49,19 @@ async def test_a_record_goes_through_the_broker(stack_servers, topic_prefix) -> 
     assert record.value == b"hello"
 
 
-def test_the_object_store_keeps_what_it_is_given(stack_servers) -> None:
+def test_the_object_store_keeps_what_it_is_given(stack_servers: Any) -> None:
     access = stack_servers.servers.s3
     assert s3_probe.request(access, "PUT", f"/{access.bucket}/fixtures/a", b"bytes")[0] == 200
     assert s3_probe.request(access, "GET", f"/{access.bucket}/fixtures/a") == (200, b"bytes")
 
 
-def test_minio_keeps_what_it_is_given(stack_servers) -> None:
+def test_minio_keeps_what_it_is_given(stack_servers: Any) -> None:
     access = stack_servers.servers.minio.access
     assert s3_probe.request(access, "PUT", f"/{access.bucket}/fixtures/a", b"bytes")[0] == 200
     assert s3_probe.request(access, "GET", f"/{access.bucket}/fixtures/a") == (200, b"bytes")
 
 
-def test_a_killed_postgres_comes_back_with_its_rows(own_postgres) -> None:
+def test_a_killed_postgres_comes_back_with_its_rows(own_postgres: Callable[[], Postgres]) -> None:
     postgres = own_postgres()
     postgres.sql("CREATE TABLE kept (id int); INSERT INTO kept VALUES (7)")
     server.crash(postgres)
@@ -65,7 +69,7 @@ def test_a_killed_postgres_comes_back_with_its_rows(own_postgres) -> None:
     assert postgres.sql("SELECT id FROM kept") == "7"
 
 
-def test_a_killed_kafka_comes_back_as_the_same_cluster(own_kafka) -> None:
+def test_a_killed_kafka_comes_back_as_the_same_cluster(own_kafka: Callable[[], Kafka]) -> None:
     kafka = own_kafka()
     server.crash(kafka)
     server.restart(kafka)
@@ -75,6 +79,8 @@ def test_a_killed_kafka_comes_back_as_the_same_cluster(own_kafka) -> None:
 def test_what_a_killed_test_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     script = f"""
 import pathlib, time
+from localstack.kafka import Kafka
+from localstack.postgres import Postgres
 from localstack.throwaway import ThrowawayServers
 servers = ThrowawayServers(pathlib.Path({str(tmp_path)!r}))
 print(servers.mark, servers.seaweed.port, servers.triton.directory, flush=True)
@@ -95,7 +101,7 @@ time.sleep(600)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_triton_runs_a_pushed_model_only_for_those_who_know_the_secret(triton) -> None:
+def test_triton_runs_a_pushed_model_only_for_those_who_know_the_secret(triton: Any) -> None:
     client = grpcclient.InferenceServerClient(triton.grpc)
     shim = b"""
 import triton_python_backend_utils as backend
