@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -286,8 +285,3 @@ def _absolute(requirement: Requirement, evidence: Evidence) -> Gate:
         value = evidence.latency.p50_ms if name == "latency_p50_ms" else evidence.latency.p99_ms
         detail = f"{name} {value:.2f}, must be below {limit:g}"
     return Gate(name, requirement.met_by(value), value, limit, detail)
-
-
-def names_of_failed(gates: Sequence[Gate]) -> list[str]:
-    """The gates that were not passed."""
-    return [gate.name for gate in gates if not gate.passed]
