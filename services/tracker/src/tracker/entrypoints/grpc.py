@@ -6,6 +6,7 @@ from typing import Any
 
 from contracts.tracker.v1 import service_pb2 as pb
 from contracts.tracker.v1 import service_pb2_grpc
+from opentelemetry import trace
 from servicekit.access import Rule, current_caller
 
 from tracker.deliverables import Deliverables
@@ -92,6 +93,8 @@ class TrackerServicer(service_pb2_grpc.TrackerServiceServicer):
         return pb.LogBatchResponse()
 
     async def FinishRun(self, request: pb.FinishRunRequest, context: Context) -> pb.FinishRunResponse:
+        # The one span by which `headrace trace RUN_ID` finds all that followed from the run.
+        trace.get_current_span().set_attribute("headrace.run_id", request.run_id)
         view = await self._tracker.finish_run(
             current_caller(), request.run_id, request.status, request.finished_ms, request.reason, request.fencing_token or None
         )
