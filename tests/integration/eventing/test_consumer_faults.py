@@ -7,12 +7,14 @@ import uuid
 
 import pytest
 from eventing import topics
-from eventing.broker import OffsetOutOfRange, Partition, Polled
+from eventing.broker import OffsetOutOfRange, Partition, Polled, WrongCluster
 from eventing.consumer import Unapplied, UnknownValue
 from eventing.dlq import DeadLetters
-from eventing.inbox import LostRace, SequenceGap, WrongCluster, read
+from eventing.inbox import LostRace, SequenceGap, read
 from eventing.memory import MemoryBroker
 from eventing.partitioning import partition_of
+from eventing.recovery import adopt_cluster
+from eventing.topics import ensure_topics
 from eventing.watchdog import Stuck
 from servicekit.errors import NotFound, Unavailable
 from sqlalchemy import exc as sa_exc
@@ -218,17 +220,29 @@ async def test_a_compacted_topic_has_gaps_by_its_nature(local, until):
 
 
 async def test_kafka_wiped_under_a_kept_database_stops_loudly(local, until):
-    await local.relay()
+    relay = await local.relay()
     consumer = await local.consume()
     await local.emit("run")
     await until(lambda: local.effects("run"), [1])
+    await relay.stop()
+    await local.emit("run")  # not published yet
     local.broker.wipe()
+    await ensure_topics(local.broker)
     error = await failure(consumer)
     assert isinstance(error, WrongCluster)
     assert "wiped" in str(error)
-    # And so does one that starts later.
+    # And so does what starts later, the relay too: nothing new may stand in a log without what went before it.
     assert isinstance(await failure(await local.consume()), WrongCluster)
+    assert isinstance(await failure(await local.relay()), WrongCluster)
     assert await local.effects("run") == [1]
+    assert sum(end for _, end in (await local.broker.offsets([Partition(topics.RUNS, n) for n in range(12)])).values()) == 0
+
+    # The operator adopts the new cluster: everything goes on, and nothing happens twice.
+    assert await adopt_cluster(local.engine, "alpha", await local.broker.cluster_id()) == 1
+    await local.relay()
+    await local.consume()
+    await local.emit("run")
+    await until(lambda: local.effects("run"), [1, 2, 3])
 
 
 async def test_a_log_that_lost_its_end_stops_loudly(local, until):

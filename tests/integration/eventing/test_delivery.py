@@ -8,8 +8,8 @@ from eventing import topics
 from eventing.broker import Record
 from eventing.dlq import DeadLetters
 from eventing.inbox import NOTICE_TYPE
-from eventing.outbox import republish_since
 from eventing.records import receive_any
+from eventing.recovery import republish_since
 
 
 async def read_all(service, topic):

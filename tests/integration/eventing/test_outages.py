@@ -7,8 +7,9 @@ import os
 import shutil
 
 from eventing import topics
-from eventing.consumer import Consumer
-from eventing.inbox import WrongCluster
+from eventing.__main__ import main
+from eventing.background import Background
+from eventing.broker import WrongCluster
 from eventing.kafka import KafkaBroker
 from eventing.topics import ensure_topics
 from localstack import server
@@ -60,7 +61,7 @@ async def test_a_stop_returns_while_the_broker_is_dead(own_kafka, database, make
     assert await service.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL") == 1
 
 
-async def test_kafka_wiped_under_a_kept_database_stops_loudly(own_kafka, database, make_service, until):
+async def test_kafka_wiped_under_a_kept_database_stops_loudly(own_kafka, database, make_service, until, monkeypatch, capsys):
     kafka = own_kafka()
     service = await make_service(database.sqlalchemy, KafkaBroker(kafka.bootstrap, "test", session_timeout_s=2.0, request_timeout_s=5.0))
     await service.relay()
@@ -73,15 +74,28 @@ async def test_kafka_wiped_under_a_kept_database_stops_loudly(own_kafka, databas
     await asyncio.to_thread(server.run, kafka, Silent())
     await ensure_topics(service.broker)
 
-    async def stopped(consumer: Consumer) -> str:
+    async def stopped(component: Background) -> str:
         async with asyncio.timeout(60):
             try:
-                await consumer.wait()
+                await component.wait()
             except WrongCluster as exc:
                 return str(exc)
         return "it ended quietly"
 
     assert "wiped under a database that was kept" in await stopped(running)
     assert "wiped under a database that was kept" in await stopped(await service.consume())
+    assert "wiped under a database that was kept" in await stopped(await service.relay())
     assert await service.effects("run") == [1]
-    assert topics.RUNS in await service.broker.topics()
+
+    # What an operator does then.
+    monkeypatch.setenv("HEADRACE_DATABASE_URL", database.sqlalchemy)
+    monkeypatch.setenv("HEADRACE_KAFKA_BOOTSTRAP", kafka.bootstrap)
+    await asyncio.to_thread(main, ["adopt-cluster", "alpha"])
+    assert capsys.readouterr().out == f"alpha goes on with cluster {kafka.cluster_id}; 1 events will be published again\n"
+    await service.relay()
+    await service.consume()
+    await service.emit("run")
+    await until(lambda: service.effects("run"), [1, 2])
+    await until(lambda: service.scalar("SELECT count(*) FROM {s}.outbox WHERE sent_at IS NULL"), 0)
+    await asyncio.to_thread(main, ["republish", "alpha", "--since", "2020-01-01", "--topic", topics.RUNS])
+    assert capsys.readouterr().out == "2 events will be published again\n"

@@ -66,6 +66,13 @@ class Polled:
     assigned: frozenset[Partition] | None = None
 
 
+class WrongCluster(Exception):
+    """The database was kept with another Kafka cluster than the one that answers: Kafka was replaced or wiped under it.
+
+    docs/eventing.md tells what an operator does then.
+    """
+
+
 class OffsetOutOfRange(Exception):
     """The log does not hold the offset that a consumer stands at: records are lost. Not a thing to go on from."""
 
@@ -88,6 +95,10 @@ class Producer(Protocol):
         Within a partition the order of `records` is kept, and nothing is acknowledged behind a record that was not. A record that
         was not acknowledged may still have been stored. A single caller at a time. Repeating stores again.
         """
+        ...
+
+    def check(self) -> None:
+        """Raises Unavailable if the next send is known to fail. Asks nobody."""
         ...
 
     async def stop(self, timeout_s: float = 1.5) -> None:
@@ -131,7 +142,7 @@ class Broker(Protocol):
     """A broker. Making one connects to nothing; `close` closes what questions to it opened, not producers and readers."""
 
     def producer(self, *, best_effort: bool = False) -> Producer:
-        """A producer: acks=all and idempotent; a best-effort one lingers instead and asks for the leader's acknowledgement only."""
+        """A producer: acks=all and idempotent; a best-effort one asks for the leader's acknowledgement only."""
         ...
 
     def group_reader(self, group: str, topics: Collection[str]) -> Reader:

@@ -20,7 +20,7 @@ from servicekit.errors import Invalid
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from eventing import topics
-from eventing.broker import Fetched, Partition
+from eventing.broker import Fetched, Partition, WrongCluster
 from eventing.envelope import Event, Received
 from eventing.outbox import Outbox
 from eventing.records import pack_headers, receive
@@ -36,10 +36,6 @@ tried again. May run several times for one event, but only one run commits. Anyt
 NOTICE_TYPE = "event.parked"
 
 _NOT_UNDERSTOOD = "type {} must be understood, and this version does not know it"
-
-
-class WrongCluster(Exception):
-    """The offsets in the database count in another Kafka cluster than the one that answers."""
 
 
 class SequenceGap(Exception):

@@ -1,7 +1,7 @@
 """The broker port on Apache Kafka. The only module that imports aiokafka.
 
 What aiokafka 0.14 needs: `getmany` is never cancelled, sends and stops are bounded by time-outs of our own (an idempotent send never
-expires, and `stop` can wait for one), and a producer that has failed is replaced.
+expires, and `stop` can wait for one), and a producer that has failed or lost its connection is replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.conn import CloseReason
 from aiokafka.producer.message_accumulator import BatchBuilder
 from servicekit.errors import Unavailable
 
@@ -160,29 +161,57 @@ class KafkaBroker:
 
 
 class _KafkaProducer:
+    """A producer of aiokafka that ends with its connection.
+
+    aiokafka would reconnect and send what is in flight again by itself, for ever, and to whichever broker answers then: also to one that
+    was wiped meanwhile. Here a connection that breaks fails the send at once, and a new producer is made after a look at the cluster.
+    """
+
     def __init__(self, common: Mapping[str, Any], best_effort: bool, request_timeout_s: float) -> None:
-        tuning = {"acks": 1, "linger_ms": 5} if best_effort else {"acks": "all", "enable_idempotence": True}
+        tuning = {"acks": 1} if best_effort else {"acks": "all", "enable_idempotence": True}
         self._options = {**common, **tuning, "max_batch_size": _MAX_BATCH_BYTES, "max_request_size": 8 * _MAX_BATCH_BYTES}
         self._request_timeout_s = request_timeout_s
         self._producer: AIOKafkaProducer | None = None
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         self._producer = AIOKafkaProducer(**self._options)
+        self._producer.client._on_connection_closed = self._connection_closed
         try:
             await _bounded(self._producer.start(), self._request_timeout_s)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
             await self.stop()
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
 
+    def _connection_closed(self, conn: object, reason: CloseReason) -> None:
+        if reason not in (CloseReason.IDLE_DROP, CloseReason.SHUTDOWN):
+            self._lose()
+
+    def check(self) -> None:
+        if self._lost.done():
+            raise Unavailable("the connection to Kafka broke")
+
+    def _lose(self) -> None:
+        if not self._lost.done():
+            self._lost.set_result(None)
+
     async def send(self, records: Sequence[Record], timeout_s: float = 10.0) -> Sequence[BaseException | None]:
+        self._started()
         outcomes: list[BaseException | None] = [None] * len(records)
+        sending = asyncio.ensure_future(self._send(records, outcomes))
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._send(records, outcomes)
-        except TimeoutError:
-            error = Unavailable(f"Kafka did not acknowledge within {timeout_s:g} s")
-            return [error] * len(records)  # some may be stored; sending them again is for the inbox to sort out
-        return outcomes
+            done, _ = await asyncio.wait({sending, self._lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not sending.done():
+                # What is in flight may be stored all the same: sending it again is for the inbox to sort out.
+                self._lose()
+                sending.cancel()
+                await asyncio.wait({sending})
+        if not sending.cancelled():
+            sending.result()
+            return outcomes
+        reason = "the connection broke" if done else f"no acknowledgement within {timeout_s:g} s"
+        return [Unavailable(f"not written: {reason}")] * len(records)
 
     async def _send(self, records: Sequence[Record], outcomes: list[BaseException | None]) -> None:
         queues: dict[Partition, list[int]] = defaultdict(list)
@@ -233,9 +262,19 @@ class _KafkaProducer:
         producer, self._producer = self._producer, None
         if producer is None:
             return
-        if not await _quietly(producer.stop(), timeout_s, "a producer"):
-            # It waits for an acknowledgement that does not come: closing its connections ends what is in flight.
-            await _quietly(producer.client.close(), timeout_s, "a producer's client")
+        # A regular stop flushes: not after a loss, and it may wait for an acknowledgement that does not come.
+        if self._lost.done() or not await _quietly(producer.stop(), timeout_s, "a producer"):
+            await _abandon(producer, timeout_s)
+
+
+async def _abandon(producer: AIOKafkaProducer, timeout_s: float) -> None:
+    """Closes a producer without sending what it holds."""
+    producer._closed = True
+    if (sender := producer._sender.sender_task) is not None:
+        sender.cancel()
+    await _quietly(producer.client.close(), timeout_s, "a producer's client")
+    if (refresh := producer.client._md_update_fut) is not None:
+        refresh.cancel()  # its tasks would wait for this for ever
 
 
 def _append(batch: BatchBuilder, record: Record) -> bool:
@@ -279,10 +318,11 @@ class _KafkaReader:
                 assigned = frozenset(Partition(topic, number) for topic in self._topics for number in range(counts[topic]))
                 self._consumer.assign([TopicPartition(*partition) for partition in assigned])
                 self.assigned(assigned)
-        except (kafka_errors.KafkaError, OSError, TimeoutError, Unavailable) as exc:
+        except Unavailable:
             await self.stop()
-            if isinstance(exc, Unavailable):
-                raise
+            raise
+        except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
+            await self.stop()
             raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
 
     def assigned(self, assigned: frozenset[Partition]) -> None:

@@ -165,6 +165,9 @@ class _MemoryProducer:
                 outcomes.append(None)
         return outcomes
 
+    def check(self) -> None:
+        self._broker.check()
+
     async def stop(self, timeout_s: float = 1.5) -> None:
         """Nothing is held open."""
 

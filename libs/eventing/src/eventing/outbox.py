@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from datetime import datetime
 
 from servicekit.errors import Invalid, TooLarge
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from eventing import topics, tracing
 from eventing.envelope import Event
-from eventing.schema import Tables, tables
+from eventing.schema import Tables
 
 _MAX_NAMES = 4000
 """Keeps the headers small beside the payload: a record that the broker refuses would hold up the whole outbox."""
@@ -95,14 +94,3 @@ class Outbox:
             event.time,
             event.payload,
         )
-
-
-async def republish_since(engine: AsyncEngine, schema: str, since: datetime, topic: str | None = None) -> int:
-    """Has the relay publish again what was written at `since` or later (of one topic, if given), with the same ids and sequences.
-
-    Returns how many events. Reaches back as far as sent rows are kept. Consumers drop what they have applied, so it may be repeated.
-    """
-    where = "created_at >= $1 AND sent_at IS NOT NULL AND ($2::text IS NULL OR topic = $2)"
-    async with engine.begin() as conn:
-        result = await conn.exec_driver_sql(f"UPDATE {tables(schema).schema}.outbox SET sent_at = NULL WHERE {where}", (since, topic))
-    return result.rowcount

@@ -27,7 +27,7 @@ from servicekit.errors import Unavailable
 
 from eventing import metrics, topics
 from eventing.background import Background, Backoff
-from eventing.broker import Broker, Producer, Record
+from eventing.broker import Broker, Producer, Record, WrongCluster
 from eventing.envelope import Event, encode_headers
 from eventing.faults import passes
 from eventing.outbox import Outbox
@@ -43,8 +43,9 @@ KEEP_SENT = timedelta(days=7)
 _BATCH_ROWS = 500
 _BATCH_BYTES = 4_000_000
 _PRUNE_ROWS = 1000
-_PRUNE_ROUNDS = 20
-_HOUSEKEEPING_S = 5.0
+_PRUNE_ROUNDS = 5
+_COUNTED = 100_000
+_HOUSEKEEPING_S = 1.0
 
 
 def lock_key(schema: str, shard: int) -> int:
@@ -60,7 +61,8 @@ def channel(schema: str, shard: int) -> str:
 class Relay(Background):
     """Publishes the outbox of `schema`. Every replica of a service runs one; one of them is active.
 
-    Resumes by itself when PostgreSQL or Kafka were away. Fails loudly when something is wrong that waiting does not mend.
+    Resumes by itself when PostgreSQL or Kafka were away. Fails loudly (`wait` raises) on WrongCluster and on whatever else waiting does
+    not mend.
     """
 
     def __init__(
@@ -112,10 +114,15 @@ class Relay(Background):
             f"DELETE FROM {table} WHERE id IN (SELECT id FROM (SELECT id, sent_at FROM {table} WHERE shard = $1 ORDER BY id"
             f" LIMIT {_PRUNE_ROWS}) AS oldest WHERE sent_at < clock_timestamp() - $2::interval)"
         )
+        # Counted to a limit: a long backlog must not be slowed down further by counting it.
         self._depth = (
-            "SELECT count(*) AS depth, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 AS age"
-            f" FROM {table} WHERE shard = $1 AND sent_at IS NULL"
+            f"SELECT (SELECT count(*) FROM (SELECT FROM {table} WHERE shard = $1 AND sent_at IS NULL LIMIT {_COUNTED}) AS waiting)"
+            " AS depth, coalesce(extract(epoch FROM clock_timestamp() - (SELECT created_at"
+            f" FROM {table} WHERE shard = $1 AND sent_at IS NULL ORDER BY id LIMIT 1)), 0)::float8 AS age"
         )
+        clusters = f"{tables(schema).schema}.outbox_cluster"
+        self._note_cluster = f"INSERT INTO {clusters} (shard, cluster_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"
+        self._get_cluster = f"SELECT cluster_id FROM {clusters} WHERE shard = $1"
 
     @property
     def active(self) -> bool:
@@ -148,7 +155,7 @@ class Relay(Background):
         conn = await asyncpg.connect(
             self._dsn,
             timeout=5.0,
-            command_timeout=10.0,
+            command_timeout=30.0,
             server_settings={
                 "application_name": self._name,
                 # A mark that is lost in a crash costs a copy, which every inbox drops; waiting for the disk costs every round.
@@ -184,6 +191,7 @@ class Relay(Background):
     async def _publish(self, conn: Any, backoff: Backoff) -> None:
         if self._create_topics:
             await topics.ensure_topics(self._broker, self._prefix)
+        await self._check_cluster(conn)
         await conn.add_listener(channel(self._schema, self._shard), lambda *_: self._woken.set())
         producer = self._broker.producer()
         try:
@@ -203,12 +211,24 @@ class Relay(Background):
                     if (rest := began + self._linger_s - self._clock.monotonic()) > 0 and len(rows) < _BATCH_ROWS:
                         await self._clock.sleep(rest)
                 else:
+                    producer.check()
                     await self._wait_for_wake()
                 if self._clock.monotonic() >= housekeeping:
                     await self._keep_house(conn)
                     housekeeping = self._clock.monotonic() + _HOUSEKEEPING_S
         finally:
             await producer.stop()
+
+    async def _check_cluster(self, conn: Any) -> None:
+        """Raises WrongCluster if earlier events went to another cluster: what comes after them must not stand there without them."""
+        cluster_id = await self._broker.cluster_id()
+        await conn.execute(self._note_cluster, self._shard, cluster_id)
+        held = await conn.fetchval(self._get_cluster, self._shard)
+        if held != cluster_id:
+            raise WrongCluster(
+                f"{self._name} has published to cluster {held}, but the broker is cluster {cluster_id}:"
+                " Kafka was replaced or wiped under a database that was kept"
+            )
 
     async def _send(self, conn: Any, producer: Producer, rows: Sequence[Any]) -> None:
         """Sends the rows and marks those that were acknowledged. Raises Unavailable if some were not."""

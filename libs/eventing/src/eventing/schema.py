@@ -1,4 +1,4 @@
-"""The tables of eventing in a service's schema: outbox, consumer_offset, consumer_key, parked_event.
+"""The tables of eventing in a service's schema: outbox, outbox_cluster, consumer_offset, consumer_key, parked_event.
 
 A service makes them in its first Alembic revision with `create(op, schema)`; the code reaches them through `tables(schema)`.
 """
@@ -30,9 +30,10 @@ from sqlalchemy.schema import CreateIndex, CreateTable, DropTable
 
 
 class Tables(NamedTuple):
-    """The four tables of one schema."""
+    """The tables of one schema."""
 
     outbox: Table
+    outbox_cluster: Table
     consumer_offset: Table
     consumer_key: Table
     parked_event: Table
@@ -69,6 +70,12 @@ def tables(schema: str) -> Tables:
     # What the relay reads. A row leaves this index when it is marked, so the index stays as small as the backlog.
     Index("outbox_unsent", outbox.c.shard, outbox.c.id, postgresql_where=outbox.c.sent_at.is_(None))
     Index("outbox_sequence", outbox.c.topic, outbox.c.key, outbox.c.sequence, unique=True, postgresql_where=outbox.c.sequence > 0)
+    outbox_cluster = Table(
+        "outbox_cluster",
+        metadata,
+        Column("shard", SmallInteger, primary_key=True, autoincrement=False),
+        Column("cluster_id", Text, nullable=False, comment="the Kafka cluster that has the sent events"),
+    )
     consumer_offset = Table(
         "consumer_offset",
         metadata,
@@ -108,7 +115,7 @@ def tables(schema: str) -> Tables:
         Column("parked_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
         UniqueConstraint("consumer", "topic", "key", "sequence", name="parked_event_once"),
     )
-    return Tables(outbox, consumer_offset, consumer_key, parked_event)
+    return Tables(outbox, outbox_cluster, consumer_offset, consumer_key, parked_event)
 
 
 def create(op: Any, schema: str) -> None:
