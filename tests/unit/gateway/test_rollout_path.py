@@ -131,13 +131,30 @@ async def test_a_baseline_that_fails_is_not_answered_by_the_canary_unless_its_mo
 async def test_a_request_that_is_itself_at_fault_is_not_held_against_the_canary(gateway: Gateway, runtime: Runtime) -> None:
     gateway.route(canary=WHOLE - 1)
     client = await gateway.connect()
-    runtime.behave = canary_only(Answer(400, b'{"error":"wrong shape"}'))
+    runtime.behave = lambda seen: Answer(400, b'{"error":"wrong shape"}')
     reply = await client.infer()
     assert (reply.status, "x-headrace-fallback" in reply.headers) == (400, False)
     runtime.behave = canary_only(Answer(500, b'{"error":"parse"}'))
     assert (await client.infer(b"{broken")).status == 400
     total = gateway.totals()["v2-g1"]
     assert (total["requests"], total["errors"], total["fallbacks"], total["bad"]["error"]) == (0, 0, 0, 0)
+
+
+async def test_a_canary_that_refuses_what_the_baseline_accepts_is_itself_at_fault(gateway: Gateway, runtime: Runtime) -> None:
+    gateway.route(canary=WHOLE - 1)
+    client = await gateway.connect()
+    runtime.behave = canary_only(Answer(400, b'{"error":"expected 3 inputs but got 2"}'))
+    reply = await client.infer()
+    assert (reply.status, reply.headers["x-headrace-fallback"], reply.headers["x-headrace-arm"]) == (200, "v2-g1", "v1-g1")
+    # When both blame it, it is the request, and the baseline's word is what the caller gets.
+    runtime.behave = lambda seen: Answer(400, b'{"error":"no such input at ' + seen.model.encode() + b'"}')
+    reply = await client.infer()
+    assert (reply.status, reply.json, "x-headrace-fallback" in reply.headers) == (400, {"error": "no such input at flights"}, False)
+    # When the baseline cannot say, nobody knows.
+    runtime.behave = lambda seen: Answer(400, b"{}") if seen.model == "m-v2-g1" else Answer(500, b"{}")
+    assert (await client.infer()).status == 500
+    total = gateway.totals()["v2-g1"]
+    assert (total["requests"], total["bad"]["error"], total["fallbacks"]) == (1, 1, 1)
 
 
 async def test_the_breaker_spares_an_arm_that_never_answers_and_lets_it_come_back(make_gateway: MakeGateway, runtime: Runtime) -> None:

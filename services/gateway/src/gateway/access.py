@@ -13,6 +13,8 @@ OVERRIDE_ROLES = frozenset({"admin", "editor"})
 """Who may choose the arm by X-Headrace-Arm."""
 
 CACHED_CREDENTIALS = 4096
+LONGEST_CACHED = 256
+"""Bytes of a header's value: a key with much space before it is not worth keeping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,10 @@ class AccessTable:
             # What was presented in a header that was not read must not stand for the key.
             if secret is api_key:
                 presented = api_key
-            if len(self._cache) >= CACHED_CREDENTIALS:
-                self._cache.clear()
-            self._cache[presented] = grant
+            if len(presented) <= LONGEST_CACHED:
+                if len(self._cache) >= CACHED_CREDENTIALS:
+                    self._cache.clear()
+                self._cache[presented] = grant
         if grant.expires_at != math.inf and self._now() >= grant.expires_at:
             return None
         return grant

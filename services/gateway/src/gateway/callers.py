@@ -87,7 +87,9 @@ class CallerBook:
 
     def __init__(self, max_callers: int = MAX_CALLERS) -> None:
         self._max_callers = max_callers
-        self._units: dict[str, tuple[str, dict[tuple[str, bytes, bytes], _Unit]]] = {}
+        # By the hash of subject and key, which are the caller's own text and may be long.
+        self._units: dict[str, tuple[str, dict[tuple[str, int], _Unit]]] = {}
+        self._full: set[str] = set()
 
     def account(self, route: Route, arm: Arm, subject: bytes, key: bytes, now: float) -> CallerAccount:
         """The account for a request that has just been assigned `arm`."""
@@ -95,15 +97,19 @@ class CallerBook:
         rollout, units = self._units.get(spec.endpoint, ("", {}))
         if rollout != spec.rollout_id or spec.endpoint not in self._units:
             units = {}
+            self._full.discard(spec.endpoint)
             self._units[spec.endpoint] = (spec.rollout_id, units)
         window = arm.counts
-        unit = units.get((arm.name, subject, key))
+        place = (arm.name, hash((subject, key)))
+        unit = units.get(place)
         if unit is not None and unit.first_at > float("-inf"):
             return CallerAccount(unit, window, now, first=False)
         if unit is None and len(units) >= self._max_callers:
-            _log.warning("endpoint %s has more callers than are counted (%s)", spec.endpoint, self._max_callers)
+            if spec.endpoint not in self._full:
+                self._full.add(spec.endpoint)
+                _log.warning("endpoint %s has more callers than are counted (%s)", spec.endpoint, self._max_callers)
             return CallerAccount(None, window, now, first=False)
-        unit = units[(arm.name, subject, key)] = _Unit(now, window)
+        unit = units[place] = _Unit(now, window)
         window.requests += 1
         return CallerAccount(unit, window, now, first=True)
 

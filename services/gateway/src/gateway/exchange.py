@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from gateway.server import DataProtocol
 
 REQUEST_FAULTS: Final = frozenset({400, 413, 415, 422})
-"""Statuses of a runtime that blame the request: given to the caller, and not counted against the arm."""
+"""Statuses of a runtime that blame the request: given to the caller, and not counted against the arm. When a canary says so, the
+baseline is asked too: what it accepts was no fault of the request."""
 
 _STATUS_OF: Final = {Failure.TIMEOUT: 504, Failure.CONNECT: 502, Failure.CLOSED: 502, Failure.PROTOCOL: 502, Failure.SATURATED: 503}
 _SPAN_NAMES: Final = {
@@ -86,6 +87,8 @@ class Exchange:
     counts: Account | None = None
     retried = False
     fell_back = False
+    doubted = False
+    """The canary blames the request; the baseline is asked whether it does too."""
     streaming = False
     chunked = False
     stream_elapsed = 0.0
@@ -171,7 +174,7 @@ class Exchange:
         if self.override is None:
             subject = self.grant.subject_bytes if self.grant is not None else b""
             arm = route.single or pick(route, subject, self.affinity)
-            if route.by_caller:
+            if route.counts_callers:
                 self.counts = self.plane.callers.account(route, arm, subject, self.affinity, now)
             else:
                 self.counts = counts = arm.counts
@@ -260,11 +263,12 @@ class Exchange:
         self.server.transport.write(
             b"".join((head, ids.request_id, b"\r\ntraceparent: ", ids.traceparent, extra, self._tail(), b"%d\r\n\r\n" % len(body), body))
         )
+        request = self.body
         self._finish()
         if ids.sampled or self.fell_back:
             self._span(200, self.failure)
         if route.shadow is not None and counts is not None and arm is route.baseline:
-            self.plane.shadows.offer(route, self.body, body, ids, self.json_length)
+            self.plane.shadows.offer(route, request, body, ids, self.json_length)
 
     def crashed(self) -> None:
         self.server.transport.abort()
@@ -357,7 +361,11 @@ class Exchange:
             return
         unknown = status == 404 or (status in REQUEST_FAULTS and kv2.is_unknown_model(body))
         if status in REQUEST_FAULTS and not unknown:
-            self._blame_request(status, body)
+            if self._may_fall_back() and self.assigned is not self.route.baseline and kv2.fault(bytes(self.body)) is None:
+                self.doubted = True
+                self._attempt_failed(status, "", body=body)
+            else:
+                self._blame_request(status, body)
             return
         if status >= 500:
             wrong = kv2.fault(bytes(self.body))
@@ -374,11 +382,15 @@ class Exchange:
     def _blame_request(self, status: int, body: bytes) -> None:
         if self.counts is not None:
             self.counts.not_counted()
+        self.fell_back = False
         self._pass_on(status, body)
 
     def _pass_on(self, status: int, body: bytes) -> None:
         """A runtime's own words, with the endpoint's name in place of the runtime's."""
         self._answer(status, body.replace(self.serving.runtime_model, self.endpoint.name_bytes))
+
+    def _may_fall_back(self) -> bool:
+        return self.op is Op.INFER and not self.fell_back and self.override is None
 
     def _attempt_failed(
         self, status: int, message: str, *, body: bytes | None = None, unknown_model: bool = False, final_headers: bytes = b""
@@ -386,14 +398,18 @@ class Exchange:
         """The serving arm failed before the first byte: the stand-in answers, or else the error does."""
         route, assigned = self.route, self.assigned
         self.failure = self.failure or ("unknown_model" if unknown_model else str(status))
-        if self.op is Op.INFER and not self.fell_back and self.override is None and (assigned is not route.baseline or unknown_model):
+        if self._may_fall_back() and (assigned is not route.baseline or unknown_model):
             other = route.stand_in(assigned)
             if other is not None:
                 self.fell_back = True
                 self._send(other, monotonic())
                 return
         if self.counts is not None:
-            self.counts.failed(route, assigned.name, monotonic() - self.arrived, fallback=False)
+            if self.doubted:
+                # The canary blamed the request and the baseline could not say: no evidence.
+                self.counts.not_counted()
+            else:
+                self.counts.failed(route, assigned.name, monotonic() - self.arrived, fallback=False)
         if body is not None:
             self._pass_on(status, body)
         else:
@@ -470,6 +486,8 @@ class Exchange:
 
     def _finish(self, *, linger: bool = False) -> None:
         self.response_complete = True
+        # An idle connection keeps its last exchange, which must not keep the bytes.
+        self.body = self.wire = b""
         server = self.server
         if linger:
             server.linger()

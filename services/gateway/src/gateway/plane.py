@@ -119,7 +119,7 @@ class DataPlane:
 
     def _route_changed(self, endpoint: Endpoint, old: Route | None, new: Route | None) -> None:
         self.windows.switch(endpoint.name, new, monotonic())
-        if new is None or not new.by_caller:
+        if new is None or not new.counts_callers:
             self.callers.forget(endpoint.name)
         self.arms.keep(endpoint.name, [] if new is None else [arm.spec for arm in new.arms.values()])
         if self.on_route is not None:
@@ -127,7 +127,10 @@ class DataPlane:
 
     def _tick(self) -> None:
         now = monotonic()
+        # First of all, so that an error in a sweep is logged and does not end the clockwork.
+        self._timer = asyncio.get_running_loop().call_later(UPSTREAM_SWEEP_S, self._tick)
         self.shadows.overloaded = now - self._expected > LATE_S
+        self._expected = now + UPSTREAM_SWEEP_S
         for pool in self.arms.pools():
             pool.sweep(now)
         self._ticks += 1
@@ -136,8 +139,6 @@ class DataPlane:
             self.routes.expire(now)
             for connection in list(self.connections):
                 connection.sweep(now)
-        self._expected = now + UPSTREAM_SWEEP_S
-        self._timer = asyncio.get_running_loop().call_later(UPSTREAM_SWEEP_S, self._tick)
 
     def _date(self) -> None:
         # The headers that end every plain answer; the date costs nothing when it is written once per second.

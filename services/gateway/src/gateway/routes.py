@@ -183,6 +183,7 @@ class Route:
         "arms",
         "baseline",
         "by_caller",
+        "counts_callers",
         "hash_seed",
         "latency_limits",
         "recorder",
@@ -213,6 +214,8 @@ class Route:
         self.single = self.thresholds[0][1] if len(self.thresholds) == 1 else None
         self.baseline = self._baseline()
         self.by_caller = spec.assign is Assign.CALLER
+        # Evidence for a rollout is counted in what was randomised; outside of one there is none, and requests are of more use.
+        self.counts_callers = self.by_caller and spec.in_rollout
         self.hash_seed = zlib.crc32(f"{spec.endpoint}\0{spec.rollout_id}\0".encode())
         self.latency_limits = tuple((index, guard.limit_s) for index, guard in enumerate(spec.guards) if guard.kind is GuardKind.LATENCY)
         self.timeout_s = spec.timeout_s

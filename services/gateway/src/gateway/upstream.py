@@ -255,11 +255,15 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
         if receiver is not None:
             receiver.connection = None
-            try:
-                receiver.failed(failure, stale=stale)
-            except Exception:
-                _log.exception("a failure could not be handled")
-                receiver.crashed()
+            _tell(receiver, failure, stale=stale)
+
+
+def _tell(receiver: Receiver, failure: Failure, *, stale: bool = False) -> None:
+    try:
+        receiver.failed(failure, stale=stale)
+    except Exception:
+        _log.exception("a failure could not be handled")
+        receiver.crashed()
 
 
 class Pool:
@@ -331,7 +335,7 @@ class Pool:
             connection.expire()
         for receiver in [r for r in self._waiting if now >= r.deadline]:
             self._waiting.remove(receiver)
-            receiver.failed(Failure.TIMEOUT, stale=False)
+            _tell(receiver, Failure.TIMEOUT)
         for connection in [c for c in self._idle if now - c.idle_since > self._idle_timeout_s]:
             self._idle.remove(connection)
             connection.transport.close()
@@ -342,7 +346,7 @@ class Pool:
         for task in self._connecting:
             task.cancel()
         while self._waiting:
-            self._waiting.popleft().failed(Failure.CLOSED, stale=False)
+            _tell(self._waiting.popleft(), Failure.CLOSED)
         for connection in list(self._all):
             connection.transport.abort()
 
@@ -393,7 +397,7 @@ class Pool:
             self._connecting.discard(task)
             _log.debug("cannot connect to %s:%s: %s", self._host, self._port, error)
             if self._waiting:
-                self._waiting.popleft().failed(Failure.CONNECT, stale=False)
+                _tell(self._waiting.popleft(), Failure.CONNECT)
             self._connect_if_needed()
             return
         finally:

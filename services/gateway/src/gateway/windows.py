@@ -177,7 +177,7 @@ class Recorder:
         limits = [limit for _, limit in route.latency_limits]
         # Without a latency guard a request is undecided until it is answered or timed out, on its own arm and on the stand-in.
         self._settle = max(limits) if limits else 2 * spec.timeout_s + _MARGIN_S
-        if route.by_caller:
+        if route.counts_callers:
             self._settle += CALLER_HORIZON_S
         self._late: dict[str, int] = dict.fromkeys(route.arms, 0)
         self._closing: deque[_Window] = deque()
@@ -227,7 +227,7 @@ class Recorder:
         ready = []
         while self._closing:
             window = self._closing[0]
-            if now < window.due and (self._route.by_caller or any(counts.pending for counts in window.counts.values())):
+            if now < window.due and (self._route.counts_callers or any(counts.pending for counts in window.counts.values())):
                 break
             self._closing.popleft()
             ready.append((window.ends - window.started, self._report(window)))
@@ -237,7 +237,7 @@ class Recorder:
         """When `tick` has something to do again."""
         due = math.inf if self._retired else self._current.ends
         if self._closing:
-            due = min(due, self._closing[0].due, math.inf if self._route.by_caller else now + POLL_S)
+            due = min(due, self._closing[0].due, math.inf if self._route.counts_callers else now + POLL_S)
         return due
 
     def heading(self, arms: tuple[ArmReport, ...] = ()) -> EndpointReport:
