@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import random
+from abc import ABC, abstractmethod
+from abc import ABC, abstractmethod
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class Backoff:
         self._next_s = self._first_s
 
 
-class Background:
+class Background(ABC):
     """Runs `_run` until `stop`. A subclass returns from `_run` soon after `self._stopping` is set, and raises to fail loudly."""
 
     def __init__(self, name: str, stop_timeout_s: float = 3.0) -> None:
@@ -42,8 +44,9 @@ class Background:
         self._task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
 
+    @abstractmethod
     async def _run(self) -> None:
-        raise NotImplementedError
+        """The work."""
 
     async def start(self) -> None:
         """Starts working in the background; returns at once, also when servers are away."""
