@@ -7,7 +7,6 @@ import contextlib
 import logging
 import random
 from abc import ABC, abstractmethod
-from abc import ABC, abstractmethod
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class Background(ABC):
             return f"{self._name} failed: {self._failure}"
         return None
 
-    def _wake(self) -> None:
+    def _wake(self) -> None:  # noqa: B027 - most need none
         """Called by `stop`, for a subclass that waits on something else than `_pause`."""
 
     async def _pause(self, seconds: float) -> None:
