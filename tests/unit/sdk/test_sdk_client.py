@@ -72,7 +72,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client_of(server: Gateway) -> Client:
-    return Client(Connection(f"http://127.0.0.1:{server.server_address[1]}", "hr_k_secret"))
+    return Client(Connection(f"http://127.0.0.1:{server.server_address[1]}", "hr_k_secret"), patience_s=0.5)
 
 
 MakeGateway = Callable[[Callable[[str, str, dict[str, Any]], Reply]], Gateway]
@@ -127,7 +127,7 @@ def test_violations_are_kept(gateway: MakeGateway) -> None:
 
 
 def test_nobody_listening_is_told_in_a_sentence() -> None:
-    with Client(Connection("http://127.0.0.1:1", "k")) as client, pytest.raises(Unreachable, match="headrace status"):
+    with Client(Connection("http://127.0.0.1:1", "k"), patience_s=0.1) as client, pytest.raises(Unreachable, match="headrace status"):
         client.get("/api/v1/x")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,6 @@ from headrace.config import Connection, NotConfigured, connection
 Json = dict[str, Any]
 
 _RETRIED_STATUS = frozenset({429, 502, 503, 504})
-_ATTEMPTS = 5
 
 
 class HeadraceError(Exception):
@@ -49,15 +49,16 @@ class Denied(HeadraceError):
 class Client:
     """Blocking client of a gateway's /api/v1. Safe to use from several threads.
 
-    A request is repeated after a connection error, 429, 502, 503 or 504 when it is a GET or carries `request_id`
-    (or is one of the calls whose contract says that they may be repeated: `repeatable=True`).
+    A request is repeated after a connection error, 429, 502, 503 or 504, for `patience_s` seconds, when it is a GET or carries
+    `request_id` (or is one of the calls whose contract says that they may be repeated: `repeatable=True`).
     """
 
-    def __init__(self, target: Connection | None = None, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, target: Connection | None = None, *, timeout_s: float = 30.0, patience_s: float = 5.0) -> None:
         try:
             self.target = target or connection()
         except NotConfigured as error:
             raise InvalidInput(str(error), code="NOT_CONFIGURED") from None
+        self._patience_s = patience_s
         self._http = httpx.Client(
             base_url=self.target.url,
             headers={"authorization": f"Bearer {self.target.token}"},
@@ -117,8 +118,9 @@ class Client:
         body: Mapping[str, Any] | None = None,
         repeatable: bool = False,
     ) -> Json:
-        for attempt in range(_ATTEMPTS):
-            last = attempt == _ATTEMPTS - 1 or not repeatable
+        deadline = time.monotonic() + self._patience_s
+        for attempt in itertools.count():
+            last = not repeatable or time.monotonic() > deadline
             try:
                 answer = self._http.request(method, path, params=params, json=body)
             except httpx.TransportError as error:
@@ -129,8 +131,8 @@ class Client:
                     return dict(answer.json()) if answer.content else {}
                 if answer.status_code not in _RETRIED_STATUS or last:
                     _raise(answer)
-            time.sleep(min(4.0, 0.2 * 2**attempt) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, not a secret
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            time.sleep(min(4.0, 0.2 * 2 ** min(attempt, 6)) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, not a secret
+        raise AssertionError("unreachable: the loop ends by returning or raising")
 
 
 def _raise(answer: httpx.Response) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import subprocess
@@ -22,6 +21,8 @@ from headrace.uploads import upload
 _BATCH = 500
 _FLUSH_EVERY_S = 1.0
 _LEASE_S = 60
+_PATIENCE_S = 300.0
+"""How long logging waits for a gateway that is away: a training of hours must not die of an outage of minutes."""
 
 
 class Run:
@@ -121,14 +122,13 @@ class Run:
         """Flushes and ends the run. A run that a trainer started is only flushed: the trainer ends it. Repeatable."""
         self._stop.set()
         self._thread.join()
-        self.flush()
-        if self._owned:
-            self._client.post(
-                f"/api/v1/runs/{self.id}/finish",
-                {"status": status, "reason": reason, "finished_ms": int(time.time() * 1000)},
-                repeatable=True,
-            )
-        self._client.close()
+        try:
+            self.flush()
+            if self._owned:
+                ended = {"status": status, "reason": reason, "finished_ms": int(time.time() * 1000)}
+                self._client.post(f"/api/v1/runs/{self.id}/finish", ended, repeatable=True)
+        finally:
+            self._client.close()
 
     def __enter__(self) -> Run:
         return self
@@ -175,7 +175,7 @@ def start_run(
     `experiment` is created when there is none of this name; left out, it is HEADRACE_EXPERIMENT or Default. The run has a lease:
     when this process dies without a word, the server ends it as FAILED.
     """
-    own = client or Client()
+    own = client or Client(patience_s=_PATIENCE_S)
     if run_id := os.environ.get("HEADRACE_RUN_ID"):
         return Run(own, run_id, owned=False)
     answer = own.post(
@@ -183,7 +183,6 @@ def start_run(
         {
             "experiment": experiment or os.environ.get("HEADRACE_EXPERIMENT") or "Default",
             "name": name or "",
-            "user": _user(),
             "tags": dict(tags or {}),
             "lease_seconds": _LEASE_S,
             "source": {**_git_state(), "command": " ".join(sys.argv)},
@@ -191,13 +190,6 @@ def start_run(
         },
     )
     return Run(own, answer["run"]["run_id"], owned=True)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return ""
 
 
 def _git_state() -> dict[str, Any]:

@@ -27,7 +27,6 @@ class SourceIn(BaseModel):
 class NewRun(BaseModel):
     experiment: str = Field(default="Default", description="By name; made when there is none.")
     name: str = ""
-    user: str = ""
     tags: dict[str, str] = {}
     lease_seconds: int = Field(default=0, ge=0, le=3600, description="More than 0: the run fails when nobody renews it for so long.")
     source: SourceIn = SourceIn()
@@ -108,7 +107,7 @@ async def create_run(body: NewRun, peers: PeersOf) -> Json:
     request = pb.CreateRunRequest(
         experiment_id=experiment_id,
         name=body.name,
-        user=body.user or current_caller().subject,
+        user=current_caller().subject,  # who approves must be able to rely on who made it
         started_ms=int(time.time() * 1000),
         tags=body.tags,
         source=events_pb2.RunSource(commit=body.source.commit, dirty=body.source.dirty, command=body.source.command),
