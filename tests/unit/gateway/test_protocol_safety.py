@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import random
 import time
 from collections.abc import Callable
 
@@ -449,3 +451,54 @@ async def test_stopping_finishes_what_is_being_answered(make_gateway: MakeGatewa
     await stopping
     with pytest.raises(OSError):
         await asyncio.open_connection("127.0.0.1", gateway.server.port)
+
+
+# Any order of bytes
+
+
+async def test_however_the_bytes_are_cut_the_answers_are_the_same(gateway: Gateway, runtime: Runtime) -> None:
+    chance = random.Random(5)
+    chunked = LINE + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"1\r\n%c\r\n" % byte for byte in infer_body()) + b"0\r\n\r\n"
+    wire = request() + b"GET /api/v1/x HTTP/1.1\r\nHost: g\r\n\r\n" + request(key="") + chunked + request(b"x" * 3000)
+    for _ in range(40):
+        client = await gateway.connect()
+        cuts = sorted(chance.sample(range(1, len(wire)), chance.randrange(1, 12)))
+        for start, end in itertools.pairwise([0, *cuts, len(wire)]):
+            client.send(wire[start:end])
+            await asyncio.sleep(0)
+        assert [(await client.reply()).status for _ in range(5)] == [200, 200, 401, 200, 200]
+        client.close()
+    assert {seen.body for seen in runtime.seen} == {infer_body(), b"x" * 3000}
+
+
+async def test_broken_bytes_break_only_their_own_connection(gateway: Gateway, runtime: Runtime) -> None:
+    chance = random.Random(6)
+    steady = await gateway.connect()
+    for _ in range(300):
+        wire = bytearray(request() * 2)
+        for _ in range(chance.randrange(1, 4)):
+            at = chance.randrange(len(wire))
+            match chance.randrange(3):
+                case 0:
+                    wire[at] = chance.randrange(256)
+                case 1:
+                    del wire[at : at + chance.randrange(1, 20)]
+                case _:
+                    wire[at:at] = chance.choice(
+                        [b"\r\n", b"\x00", b" ", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n"]
+                    )
+        client = await gateway.connect()
+        client.send(bytes(wire))
+        client.writer.write_eof()
+        split(await client.rest())
+        client.close()
+        assert (await steady.infer()).status == 200
+    await until(lambda: len(gateway.plane.connections) == 1)
+    assert {seen.path for seen in runtime.seen} <= {"/v2/models/m-v1-g1/infer", "/v2/models/m-v1-g1", "/v2/models/m-v1-g1/ready"}
+
+
+async def test_an_idle_connection_keeps_no_bytes(gateway: Gateway) -> None:
+    client = await gateway.connect()
+    await client.infer(b"x" * 100_000)
+    (connection,) = gateway.plane.connections
+    assert (connection.cycle.body, connection.cycle.wire) == (b"", b"")
