@@ -34,6 +34,7 @@ from eventing.snapshots import SnapshotReader
 from servicekit import migrate
 from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Component
+from servicekit.rpc import Server
 
 ENDPOINT = "flights"
 MODEL_ID = "0190a000-0000-7000-8000-000000000001"
@@ -210,6 +211,31 @@ class Stand:
         for component in reversed(components):
             await component.stop()
 
+    async def crash(self, components: Sequence[Component]) -> None:
+        """Have a deployer die where it stands: its tasks end without a word, and its connections break."""
+        self.running.remove(components)
+        # Again and again: a time-out that ends at the same moment may swallow a cancellation, and a worker begin another job.
+        while tasks := {task for component in components for task in _tasks(component) if not task.done()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=0.1)
+        for component in components:
+            if isinstance(component, Server):
+                await component.stop(0)
+        engine = next(component._engine for component in components if hasattr(component, "_engine"))
+        await engine.dispose()
+
+    def content(self, version: int) -> Content:
+        """The file of a version that was promoted without another."""
+        return Content(mark=f"v{version}")
+
+    async def some_rollout(self, which: Callable[[Any], bool]) -> Any:
+        """The newest rollout of which something is true."""
+        return next((r.rollout for r in await self.deployer().rollouts("", 20, "") if which(r.rollout)), None)
+
+    def sequences_of(self, topic: str) -> list[int]:
+        return [decode_headers(record.headers).sequence for record in self.records(topic)]
+
     async def gateway(self, name: str = "gateway-1", per_window: int = 40) -> Gateway:
         gateway = Gateway(self.broker, name, per_window)
         await gateway.start()
@@ -356,6 +382,13 @@ class Stand:
 
     def leaders(self) -> list[Any]:
         return [c for components in self.running for c in components if type(c).__name__ == "Leader" and getattr(c, "epoch", None)]
+
+
+def _tasks(component: Any) -> list[asyncio.Task[Any]]:
+    """The tasks of one component, whatever it calls them."""
+    found = [getattr(component, name, None) for name in ("_task", "_loop_task")]
+    found += [running.task for running in getattr(component, "_running", {}).values()]
+    return [task for task in found if isinstance(task, asyncio.Task)]
 
 
 @pytest.fixture
