@@ -83,7 +83,7 @@ async def _run(servers: Any, *, replicas: int, per_transaction: int, rate: float
             _tell(process, "go")
         written = [json.loads(await _line(process)) for process in writers]
         total = sum(one["events"] for one in written)
-        _tell(reader, str(total))
+        _tell(reader, str(total + sum(one["before"] for one in written)))
         read = json.loads(await _line(reader))
         for process in writers:
             _tell(process, "stop")
@@ -166,11 +166,11 @@ async def _write(job: dict[str, Any]) -> None:
     ids = SystemIds()
     filler = random.Random(7).randbytes(PAYLOAD_BYTES - 8)
     count = job["per_transaction"]
-    written = 0
+    written = 0  # with those before the clock starts
 
-    async def transaction(key: str) -> None:
+    async def transaction(key: str, measured: bool = True) -> None:
         nonlocal written
-        began = time.monotonic()
+        began = time.monotonic() if measured else 0.0
         async with engine.begin() as conn:
             last = (await conn.exec_driver_sql(_SEQUENCES, (key, count))).scalar_one()
             payload = struct.pack("<d", began) + filler
@@ -183,9 +183,10 @@ async def _write(job: dict[str, Any]) -> None:
     keys = [f"key-{n}" for n in range(job["replica"], KEYS, job["replicas"])]
     choose = random.Random(job["replica"])
     for key in keys[:WRITERS]:
-        await transaction(key)  # connections and statements are there before the clock starts
+        await transaction(key, measured=False)  # connections and statements are there before the clock starts
     _say("ready")
     await _said()
+    before, written = written, 0
     first = time.monotonic()
     cpu = _cpu_s()
     if job["rate"]:
@@ -201,7 +202,7 @@ async def _write(job: dict[str, Any]) -> None:
 
         await asyncio.gather(*(writer() for _ in range(WRITERS)))
     elapsed = time.monotonic() - first
-    _say({"events": written, "first": first, "write_s": elapsed})
+    _say({"events": written, "before": before, "first": first})
     await _said()
     _say(
         {
@@ -227,17 +228,20 @@ async def _read(job: dict[str, Any]) -> None:
     latencies: list[float] = []
     batches: list[int] = []
     last = 0.0
+    arrived = 0
     enough = asyncio.Event()
     wanted = math.inf
     apply = consumer.inbox.apply
 
     async def timed(batch: Sequence[Item], *args: Any, **options: Any) -> Outcome:
-        nonlocal last
+        nonlocal last, arrived
         outcome = await apply(batch, *args, **options)
         last = time.monotonic()
         batches.append(len(batch))
-        latencies.extend((last - struct.unpack_from("<d", item.event.payload)[0]) * 1000 for item in batch if item.event is not None)
-        if len(latencies) >= wanted:
+        starts = [struct.unpack_from("<d", item.event.payload)[0] for item in batch if item.event is not None]
+        latencies.extend((last - start) * 1000 for start in starts if start)
+        arrived += len(starts)
+        if arrived >= wanted:
             enough.set()
         return outcome
 
@@ -248,7 +252,7 @@ async def _read(job: dict[str, Any]) -> None:
     _say("ready")
     cpu = _cpu_s()
     wanted = int(await _said())
-    if len(latencies) < wanted:
+    if arrived < wanted:
         await enough.wait()
     _say(
         {

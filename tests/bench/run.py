@@ -1,7 +1,8 @@
 """`make bench`: runs every bench_*.py here (or those named), prints its figures and writes them to results/latest.json.
 
-A module has `async def figures(servers) -> list[Figure]`, where `servers` starts real servers on first use. Nothing is asserted:
-a figure says what was measured on this machine, beside its aim and, where there is one, a reference measured in the same run.
+A module has `async def figures(servers) -> list[Figure]`, where `servers` (a ThrowawayServers) starts real servers on first use. Nothing
+is asserted: a figure says what was measured on this machine, beside its aim and, where there is one, a reference measured in the same run.
+docs/benchmarks.md tells what each figure means.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, TypedDict
@@ -69,17 +71,18 @@ def main() -> None:
     chosen = parser.parse_args().names or _modules()
     if unknown := set(chosen) - set(_modules()):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    servers = ThrowawayServers(cache_dir() / "bench-servers")
     measured: list[Figure] = []
-    try:
-        for name in chosen:
-            print(f"measuring {name} ...", file=sys.stderr, flush=True)
-            module = importlib.import_module(f"tests.bench.bench_{name}")
+    for name in chosen:
+        print(f"measuring {name} (load of this machine: {os.getloadavg()[0]:.1f}) ...", file=sys.stderr, flush=True)
+        module = importlib.import_module(f"tests.bench.bench_{name}")
+        # Each has servers of its own, so that none runs beside what an earlier one has left.
+        servers = ThrowawayServers(cache_dir() / "bench-servers")
+        try:
             measured += asyncio.run(module.figures(servers))
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(_merge(measured), indent=1) + "\n")
-    finally:
-        servers.close()
+        finally:
+            servers.close()
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(_merge(measured), indent=1) + "\n")
     _show(measured)
 
 
