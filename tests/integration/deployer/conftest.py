@@ -14,6 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from artifacts import ArtifactStore
 from artifacts.blobs import blob_key
 from artifacts.memory import MemoryStore
 from contracts.deployer.v1 import events_pb2 as deploys
@@ -27,7 +28,7 @@ from deployer.domain.signature import Rows
 from deployer.settings import DeployerSettings
 from eventing import topics
 from eventing.besteffort import BestEffortProducer
-from eventing.broker import Record
+from eventing.broker import Broker, Record
 from eventing.envelope import Event, Received, decode_headers, encode_headers
 from eventing.memory import MemoryBroker
 from eventing.snapshots import SnapshotReader
@@ -81,14 +82,15 @@ class Content:
 
     factor: float = 2.0
     mark: str = ""
+    other_samples: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> bytes:
         return json.dumps({"factor": self.factor, "mark": self.mark}).encode()
 
     @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+    def samples(self) -> dict[str, Any]:
+        return self.other_samples or {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[self.factor], [self.factor * 3]]}}
 
 
 def answer(content: bytes, inputs: Rows) -> Rows:
@@ -100,7 +102,7 @@ def answer(content: bytes, inputs: Rows) -> Rows:
 class Gateway:
     """Serves the routes it hears of, and reports windows about traffic that it makes up. `bad` by model version."""
 
-    def __init__(self, broker: MemoryBroker, name: str = "gateway-1", per_window: int = 40) -> None:
+    def __init__(self, broker: Broker, name: str = "gateway-1", per_window: int = 40, prefix: str = "") -> None:
         self.name = name
         self.boot = uuid4().hex
         self.per_window = per_window
@@ -109,11 +111,10 @@ class Gateway:
         self.deaf = False
         self.routes: dict[str, deploys.RouteChanged] = {}
         self.served: dict[int, int] = {}
-        self._broker = broker
         self._sequence = itertools.count(1)
         self._random = random.Random(7)
-        self._reader = SnapshotReader(broker, topics.ROUTES, self._heard)
-        self._producer = BestEffortProducer(broker)
+        self._reader = SnapshotReader(broker, topics.ROUTES, self._heard, prefix)
+        self._producer = BestEffortProducer(broker, prefix)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -182,6 +183,62 @@ class Gateway:
         return traffic.EndpointWindow(endpoint=route.endpoint, route_revision=route.revision, rollout_id=route.rollout_id, arms=arms)
 
 
+class Registry:
+    """Says what a registry says, in its order."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._sequences: dict[str, int] = {}
+
+    def applied(self, section: dict[str, Any], revision: int = 1, deleted: bool = False) -> Record:
+        """delivery.applied"""
+        serve_json = json.dumps(section)
+        message = registry.DeliveryApplied(name="flights", revision=revision, deleted=deleted, serve_json=serve_json, endpoint=ENDPOINT)
+        return self._record(topics.DELIVERIES, "delivery.applied", "flights", message.SerializeToString())
+
+    async def promoted(
+        self,
+        store: ArtifactStore,
+        version: int,
+        data: bytes,
+        samples: dict[str, Any],
+        *,
+        stored: bytes | None = None,
+        revision: int = 1,
+        model_format: str = "onnx",
+        endpoint: str = ENDPOINT,
+    ) -> Record:
+        """model.promoted, its file stored first."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        if stored != b"":
+            await store.put(blob_key(sha256), data if stored is None else stored)
+        rows = await store.put(f"samples/{sha256}.json", json.dumps(samples).encode())
+        message = registry.ModelPromoted(
+            version=registry.VersionRef(model_id=MODEL_ID, model="flight delays", version=version),
+            journey=registry.Journey(
+                journey_id=f"journey-{version}", delivery="flights", delivery_revision=revision, run_id=f"{version:032x}"
+            ),
+            endpoint=endpoint,
+            model=models.DeliverableModel(
+                name="model",
+                format=model_format,
+                blob=models.BlobRef(sha256=sha256, size_bytes=len(data), key=blob_key(sha256)),
+                signature=models.ModelSignature(
+                    inputs=[models.TensorSpec(name="x", datatype="FP32", shape=[-1, 1])],
+                    outputs=[models.TensorSpec(name="y", datatype="FP32", shape=[-1, 1])],
+                ),
+                samples=models.BlobRef(sha256=rows.sha256, size_bytes=rows.size, key=rows.key),
+            ),
+        )
+        return self._record(topics.MODELS, "model.promoted", MODEL_ID, message.SerializeToString())
+
+    def _record(self, topic: str, kind: str, key: str, payload: bytes) -> Record:
+        self._sequences[topic] = sequence = self._sequences.get(topic, 0) + 1
+        now = SystemClock().now()
+        event = Event(kind, topic, key, sequence, payload, SystemIds().uuid7(), now, traceparent=TRACEPARENT)
+        return Record(self._prefix + topic, key.encode(), payload, encode_headers(event, "/headrace/registry"), 0)
+
+
 @dataclass
 class Stand:
     """One deployer (or several) and the world around it."""
@@ -192,7 +249,9 @@ class Stand:
     runtime: MemoryRuntime = field(default_factory=lambda: MemoryRuntime(answer))
     running: list[Sequence[Component]] = field(default_factory=list)
     gateways: list[Gateway] = field(default_factory=list)
-    sequences: dict[str, int] = field(default_factory=dict)
+    registry: Registry = field(default_factory=Registry)
+    samples: dict[str, Any] = field(default_factory=dict)
+    """Sample rows of the versions promoted from now on; empty: the right ones."""
 
     def settings(self) -> DeployerSettings:
         return DeployerSettings(database_url=self.url, reconcile_s=0.2)
@@ -227,7 +286,7 @@ class Stand:
 
     def content(self, version: int) -> Content:
         """The file of a version that was promoted without another."""
-        return Content(mark=f"v{version}")
+        return Content(mark=f"v{version}", other_samples=self.samples)
 
     async def some_rollout(self, which: Callable[[Any], bool]) -> Any:
         """The newest rollout of which something is true."""
@@ -248,62 +307,18 @@ class Stand:
         for components in list(self.running):
             await self.stop(components)
 
-    async def publish(self, topic: str, kind: str, key: str, payload: bytes, traceparent: str = TRACEPARENT) -> None:
+    async def publish(self, record: Record) -> None:
         await topics.ensure_topics(self.broker)
-        self.sequences[f"{topic}/{key}"] = sequence = self.sequences.get(f"{topic}/{key}", 0) + 1
-        clock = SystemClock()
-        event = Event(kind, topic, key, sequence, payload, SystemIds().uuid7(), clock.now(), traceparent=traceparent)
-        self.broker.append(Record(topic, key.encode(), payload, encode_headers(event, "/headrace/registry"), 0))
+        self.broker.append(record)
 
-    async def apply(self, section: dict[str, Any] | None = None, revision: int = 1, deleted: bool = False, name: str = "flights") -> None:
+    async def apply(self, section: dict[str, Any] | None = None, revision: int = 1, deleted: bool = False) -> None:
         """delivery.applied"""
-        message = registry.DeliveryApplied(
-            name=name,
-            revision=revision,
-            deleted=deleted,
-            serve_json=json.dumps(SERVE if section is None else section),
-            endpoint=ENDPOINT,
-        )
-        await self.publish(topics.DELIVERIES, "delivery.applied", name, message.SerializeToString())
+        await self.publish(self.registry.applied(SERVE if section is None else section, revision, deleted))
 
-    async def promote(
-        self,
-        version: int,
-        content: Content | None = None,
-        *,
-        stored: bytes | None = None,
-        samples: dict[str, Any] | None = None,
-        revision: int = 1,
-        model_format: str = "onnx",
-        endpoint: str = ENDPOINT,
-    ) -> Content:
+    async def promote(self, version: int, *, stored: bytes | None = None, **told: Any) -> None:
         """model.promoted, with its file in the object store (or, with `stored`, other bytes; b"": none)."""
-        content = content or Content(mark=f"v{version}")
-        if stored is None:
-            await self.artifacts.put(blob_key(content.sha256), content.data)
-        elif stored:
-            await self.artifacts.put(blob_key(content.sha256), stored)
-        rows = json.dumps(samples or {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[content.factor], [content.factor * 3]]}})
-        kept = await self.artifacts.put(f"runs/{version}/samples.json", rows.encode())
-        message = registry.ModelPromoted(
-            version=registry.VersionRef(model_id=MODEL_ID, model="flight delays", version=version),
-            journey=registry.Journey(
-                journey_id=f"journey-{version}", delivery="flights", delivery_revision=revision, run_id=f"{version:032x}"
-            ),
-            endpoint=endpoint,
-            model=models.DeliverableModel(
-                name="model",
-                format=model_format,
-                blob=models.BlobRef(sha256=content.sha256, size_bytes=len(content.data), key=blob_key(content.sha256)),
-                signature=models.ModelSignature(
-                    inputs=[models.TensorSpec(name="x", datatype="FP32", shape=[-1, 1])],
-                    outputs=[models.TensorSpec(name="y", datatype="FP32", shape=[-1, 1])],
-                ),
-                samples=models.BlobRef(sha256=kept.sha256, size_bytes=kept.size, key=kept.key),
-            ),
-        )
-        await self.publish(topics.MODELS, "model.promoted", MODEL_ID, message.SerializeToString())
-        return content
+        content = self.content(version)
+        await self.publish(await self.registry.promoted(self.artifacts, version, content.data, content.samples, stored=stored, **told))
 
     def events(self, topic: str = topics.DEPLOYS) -> list[tuple[str, Any]]:
         """What was published, as (type, message)."""
@@ -397,3 +412,9 @@ async def stand(database: Any) -> AsyncIterator[Stand]:
     made = Stand(database.sqlalchemy)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def stand_parts() -> tuple[type[Gateway], type[Registry], Callable[..., dict[str, Any]], Callable[..., Awaitable[Any]]]:
+    """The parts of a stand, for a deployer that is a process."""
+    return Gateway, Registry, serve, eventually

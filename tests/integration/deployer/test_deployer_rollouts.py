@@ -125,7 +125,8 @@ async def test_a_model_that_the_runtime_refuses_leaves_the_traffic_alone(stand: 
 async def test_a_model_that_answers_otherwise_than_where_it_was_trained_is_not_served(stand: Any) -> None:
     await stand.start()
     gateway = await stand.live()
-    await stand.promote(2, samples={"inputs": {"x": [[1.0]]}, "outputs": {"y": [[7.0]]}})
+    stand.samples = {"inputs": {"x": [[1.0]]}, "outputs": {"y": [[7.0]]}}
+    await stand.promote(2)
     ended = await stand.ended(2, "deploy.rolled_back")
     assert ended.cause == deploys.END_CAUSE_RUNTIME
     assert "otherwise than where it was trained" in ended.reason

@@ -1,0 +1,246 @@
+"""The deployer as it is run: a process of its own on real PostgreSQL, Kafka, S3 and Triton, killed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import onnx
+import pytest
+from artifacts.s3 import S3Store
+from contracts.deployer.v1 import service_pb2 as pb
+from contracts.deployer.v1 import service_pb2_grpc
+from contracts.eventing.v1 import service_pb2 as dead
+from contracts.eventing.v1 import service_pb2_grpc as dead_grpc
+from contracts.registry.v1 import service_pb2 as sections
+from contracts.registry.v1 import service_pb2_grpc as sections_grpc
+from deployer.bootstrap import MIGRATIONS
+from eventing import topics
+from eventing.broker import Record
+from eventing.kafka import KafkaBroker
+from onnx import TensorProto, helper
+from pydantic import SecretStr
+from servicekit import migrate, rpc
+from servicekit.access import Caller, hash_secret
+from servicekit.errors import Conflict, Forbidden, Invalid, NotFound
+from servicekit.settings import ServiceSettings
+
+TOKENS = {name: f"{name}.{secrets.token_urlsafe(24)}" for name in ("gateway", "registry")}
+ANN = Caller("gateway", "ann", frozenset({"editor"}))
+VICTOR = Caller("gateway", "victor", frozenset({"viewer"}))
+
+
+def model(factor: float) -> bytes:
+    """y = factor * x, as a real ONNX file."""
+    node = helper.make_node("Mul", ["x", "factor"], ["y"])
+    shape: list[str | int | None] = ["batch", 1]
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor("factor", TensorProto.FLOAT, [1], [factor])],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.checker.check_model(made)
+    return bytes(made.SerializeToString())
+
+
+@dataclass
+class Process:
+    """A deployer's environment, and the process that runs in it now."""
+
+    env: dict[str, str]
+    announce: Path
+    running: asyncio.subprocess.Process | None = None
+    channels: list[Any] = field(default_factory=list)
+
+    async def start(self) -> None:
+        self.announce.unlink(missing_ok=True)
+        self.running = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "deployer", "--announce", str(self.announce), env=self.env, stdout=asyncio.subprocess.DEVNULL
+        )
+        async with asyncio.timeout(60):
+            while not self.announce.exists():
+                assert self.running.returncode is None, "the deployer ended while it started"
+                await asyncio.sleep(0.05)
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        assert self.running is not None
+        self.running.kill()
+        await self.running.wait()
+        await self.close()
+
+    async def terminate(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.running is not None
+        self.running.send_signal(signal.SIGTERM)
+        await self.close()
+        return await self.running.wait()
+
+    def channel(self, service: str = "gateway") -> Any:
+        """A channel as this service."""
+        port = json.loads(self.announce.read_text())["grpc"]
+        settings = ServiceSettings(service_token=SecretStr(TOKENS[service]))
+        self.channels.append(rpc.channel(f"127.0.0.1:{port}", settings))
+        return self.channels[-1]
+
+    async def close(self) -> None:
+        for channel in self.channels:
+            await channel.close()
+        self.channels.clear()
+
+
+@pytest.fixture
+async def process(database: Any, stack_servers: Any, triton: Any, topic_prefix: str, tmp_path: Path) -> AsyncIterator[Process]:
+    await migrate.upgrade(database.sqlalchemy, "deployer", MIGRATIONS)
+    s3 = stack_servers.s3
+    settings = {
+        "DATABASE_URL": database.sqlalchemy,
+        "KAFKA_BOOTSTRAP": stack_servers.kafka,
+        "TOPIC_PREFIX": topic_prefix,
+        "S3_ENDPOINT": s3.endpoint,
+        "S3_ACCESS_KEY": s3.access_key,
+        "S3_SECRET_KEY": s3.secret_key,
+        "S3_BUCKET": s3.bucket,
+        "TRITON_GRPC": triton.grpc,
+        "TRITON_HTTP": triton.http,
+        "TRITON_SECRET": triton.secret,
+        "SERVICE_TOKEN_HASHES": ",".join(f"{name}={hash_secret(token)}" for name, token in TOKENS.items()),
+    }
+    env = {**os.environ, **{f"HEADRACE_{name}": value for name, value in settings.items()}}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    made = Process(env, tmp_path / "announce.json")
+    yield made
+    await made.close()
+    if made.running is not None and made.running.returncode is None:
+        made.running.kill()
+        await made.running.wait()
+
+
+async def publish(broker: KafkaBroker, record: Record) -> None:
+    producer = broker.producer()
+    await producer.start()
+    try:
+        assert await producer.send([record]) == [None]
+    finally:
+        await producer.stop()
+
+
+async def state_of(process: Process, version: int) -> str:
+    """The state of the newest rollout of a version; empty when there is none."""
+    with rpc.acting_for(VICTOR):
+        answer = await service_pb2_grpc.DeployerServiceStub(process.channel()).ListRollouts(pb.ListRolloutsRequest())
+    return next((found.state for found in answer.rollouts if found.ref.version.version == version), "")
+
+
+async def test_a_rollout_on_real_servers_survives_sigkill(
+    process: Process, stand_parts: Any, stack_servers: Any, triton: Any, topic_prefix: str
+) -> None:
+    gateway_class, registry_class, serve, eventually = stand_parts
+    broker = KafkaBroker(stack_servers.kafka, "test")
+    store = S3Store(stack_servers.s3)
+    await topics.ensure_topics(broker, topic_prefix)
+    registry = registry_class(topic_prefix)
+    gateway = gateway_class(broker, prefix=topic_prefix)
+    await process.start()
+    try:
+        await gateway.start()
+        await publish(broker, registry.applied(serve()))
+        rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.0], [6.0]]}}
+        await publish(broker, await registry.promoted(store, 1, model(2.0), rows))
+        await eventually(lambda: gateway.weights() == {1: 10_000}, "version 1 to be routed")
+
+        rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.001], [6.003]]}}
+        await publish(broker, await registry.promoted(store, 2, model(2.001), rows))
+        for wanted in ("preparing warming shadowing stepping", "shadowing stepping", "stepping completing", "completing completed"):
+
+            async def there(states: str = wanted) -> bool:
+                return await state_of(process, 2) in states.split()
+
+            await eventually(there, f"version 2 to be {wanted}", within_s=60)
+            await process.kill()
+            await process.start()
+
+        async def completed() -> bool:
+            return await state_of(process, 2) == "completed"
+
+        await eventually(completed, "version 2 to be completed", within_s=60)
+        assert gateway.weights() == {2: 10_000}
+
+        # What the route names really answers.
+        (arm,) = gateway.route().arms
+        assert arm.upstream == triton.http
+        body = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1000.0]}]}
+        async with httpx.AsyncClient() as client:
+            answer = await client.post(f"http://{arm.upstream}/v2/models/{arm.runtime_model}/infer", json=body)
+        assert answer.json()["outputs"][0]["data"] == pytest.approx([2001.0], rel=1e-4)
+
+        await check_calls(process)
+        assert await process.terminate() == 0
+    finally:
+        await gateway.stop()
+        await broker.close()
+
+
+async def check_calls(process: Process) -> None:
+    """What the gateway and the registry ask, and what they are refused."""
+    stub = service_pb2_grpc.DeployerServiceStub(process.channel())
+    with rpc.acting_for(VICTOR):
+        endpoints = (await stub.ListEndpoints(pb.ListEndpointsRequest())).endpoints
+        assert [(found.name, found.live_version, found.delivery) for found in endpoints] == [("flights", 2, "flights")]
+        one = (await stub.GetEndpoint(pb.GetEndpointRequest(name="flights"))).endpoint
+        assert [arm.version for arm in one.route.arms] == [2]
+        first = await stub.ListRollouts(pb.ListRolloutsRequest(endpoint="flights", page_size=1))
+        rest = await stub.ListRollouts(pb.ListRolloutsRequest(endpoint="flights", page_token=first.next_page_token))
+        assert [found.ref.version.version for found in (*first.rollouts, *rest.rollouts)] == [2, 1]
+        assert rest.next_page_token == ""
+        rollout_id = first.rollouts[0].ref.rollout_id
+        explained = await stub.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id))
+        assert explained.decisions[0].to_state == "waiting"
+        assert explained.decisions[-1].to_state == "completed"
+        windows = [json.loads(row.evidence_json) for row in explained.decisions if row.evidence_json]
+        assert windows[-1]["guards"]["error"]["proven"]
+        assert explained.rollout.guards[0].canary_requests > 0
+        with pytest.raises(NotFound):
+            await stub.GetEndpoint(pb.GetEndpointRequest(name="nobody"))
+        with pytest.raises(Invalid):
+            await stub.GetRollout(pb.GetRolloutRequest(rollout_id="1"))
+        with pytest.raises(Forbidden):
+            await stub.AbortRollout(pb.AbortRolloutRequest(rollout_id=rollout_id))
+    with rpc.acting_for(ANN):
+        for command in (
+            stub.PauseRollout(pb.PauseRolloutRequest(rollout_id=rollout_id)),
+            stub.AbortRollout(pb.AbortRolloutRequest(rollout_id=rollout_id)),
+        ):
+            with pytest.raises(Conflict):
+                await command
+        letters = await dead_grpc.DeadLetterServiceStub(process.channel()).ListDeadLetters(dead.ListDeadLettersRequest())
+        assert list(letters.dead_letters) == []
+
+    validator = sections_grpc.DeliverySectionServiceStub(process.channel("registry"))
+    wrong = {"endpoint": "e", "rollout": {"steps": [{"weight": "5%", "requests": 1}, {"weight": "90%", "requests": 1}]}}
+    answered = await validator.ValidateSection(sections.ValidateSectionRequest(section="serve", section_json=json.dumps(wrong)))
+    assert [violation.field for violation in answered.violations] == ["serve.rollout.steps[1].weight"]
+    strict = {"endpoint": "e", "rollout": {"guards": [{"bad": "error", "margin": "1%"}]}}
+    loose = {"endpoint": "e", "rollout": {"guards": [{"bad": "error", "margin": "2%"}]}}
+    request = sections.ValidateSectionRequest(section="serve", section_json=json.dumps(loose), previous_json=json.dumps(strict))
+    answered = await validator.ValidateSection(request)
+    assert (list(answered.violations), list(answered.loosened)) == ([], ["serve.rollout.guards[0].margin"])
+    for broken in ("{", "[]"):
+        request = sections.ValidateSectionRequest(section="serve", section_json=broken)
+        with contextlib.suppress(Invalid):
+            assert (await validator.ValidateSection(request)).violations[0].field == "serve"
+    with pytest.raises(Invalid):
+        await validator.ValidateSection(sections.ValidateSectionRequest(section="train", section_json="{}"))
