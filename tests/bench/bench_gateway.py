@@ -148,9 +148,9 @@ async def _run_gateway(runtime: str, shadow: bool) -> None:
     import hashlib
 
     from gateway.access import KeySpec
+    from gateway.listener import DataServer
     from gateway.plane import DataPlane
     from gateway.routes import ArmSpec, GuardKind, GuardSpec, Role, RouteSpec, ShadowSpec
-    from gateway.server import DataServer
 
     plane = DataPlane([runtime])
     plane.access.apply(KeySpec("k", 1, hashlib.sha256(KEY.encode()).hexdigest(), "bench", endpoints=frozenset({ENDPOINT})))

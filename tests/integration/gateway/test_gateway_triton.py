@@ -18,9 +18,9 @@ import pytest
 from deployer.adapters.triton import TritonRuntime
 from deployer.domain.signature import Signature, Tensor
 from gateway.access import KeySpec
+from gateway.listener import DataServer
 from gateway.plane import DataPlane
 from gateway.routes import WHOLE, ArmSpec, GuardKind, GuardSpec, Role, RouteSpec, ShadowSpec
-from gateway.server import DataServer
 from localstack import server as servers
 from onnx import TensorProto, helper
 from servicekit.clock import SystemClock

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import uvloop
 from gateway.access import KeySpec
+from gateway.listener import DataServer
 from gateway.plane import DataPlane, Limits
 from gateway.routes import WHOLE, ArmSpec, Assign, GuardKind, GuardSpec, Role, RouteSpec, ShadowSpec
-from gateway.server import DataServer
 from gateway.tracing import Spans
 
 KEY = "hr_0123456789abcdef_" + "k" * 32

@@ -33,10 +33,10 @@ from gateway.control.app import Authenticate, create_app
 from gateway.control.peers import Peers, connect
 from gateway.control.traces import HttpSpanSource
 from gateway.feed import Feed
+from gateway.listener import DataServer
 from gateway.metrics import Metrics
 from gateway.plane import DataPlane, Limits
 from gateway.processes import ParentWatch, Processes
-from gateway.server import DataServer
 from gateway.settings import GatewaySettings
 from gateway.shadow import ShadowLimits
 from gateway.state import StateFile
