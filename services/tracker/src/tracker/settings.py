@@ -25,6 +25,6 @@ class TrackerSettings(ServiceSettings):
     lease_grace_s: float = Field(
         default=30,
         ge=0,
-        description="Seconds after a start, or after the database was away, before a lease is found over: holders renew first.",
+        description="Seconds for holders to renew after a start, or after the database was away, before leases are looked at.",
     )
     download_url_ttl_s: int = Field(default=3_600, gt=0, le=7 * 86_400, description="Seconds that a presigned download URL is good for.")

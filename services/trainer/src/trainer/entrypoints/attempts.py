@@ -30,6 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from trainer.adapters.logs import job_dir
 from trainer.adapters.store import KIND, SqlStore
 from trainer.handlers import Outcome, Trainer
+from trainer.runner.child import Child
 from trainer.runner.keeper import Claim, read_outcome
 
 _PROCESS = "process.json"
@@ -73,39 +74,32 @@ class Attempts:
         trace = telemetry.current_traceparent()
         claim = Claim(job.key, str(job.id), job.kind, job.attempt, job.fencing_token, job.max_attempts, os.getpid(), trace)
         claim.write(folder)
-        process = await asyncio.create_subprocess_exec(
-            *("setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "trainer.runner", str(folder)),
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        child = Child([sys.executable, "-m", "trainer.runner", str(folder)], captured=False)
         try:
-            _note_process(folder, process.pid)
-            await process.wait()
+            _note_process(folder, child.pid)
+            await child.wait()
         except asyncio.CancelledError:
-            outcome = await self._end_early(process, context, folder)
+            outcome = await self._end_early(child, context, folder)
             if not outcome.succeeded:
                 raise
             # It had finished before it could be told: what is done is done.
             return outcome
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await asyncio.shield(process.wait())
+            await child.end()
             await asyncio.to_thread(_clean, folder)
-        died = Outcome(succeeded=False, reason=f"the process of the attempt died ({_code(process.returncode)})")
+        died = Outcome(succeeded=False, reason=f"the process of the attempt died ({_code(child.returncode)})")
         return read_outcome(folder) or died
 
-    async def _end_early(self, process: asyncio.subprocess.Process, context: JobContext, folder: Path) -> Outcome:
+    async def _end_early(self, child: Child, context: JobContext, folder: Path) -> Outcome:
         """Tells the process why it must end, and waits until it has; kills it at once when the job is somebody else's."""
         try:
             context.check()
         except LeaseLost as exc:
             return Outcome(succeeded=False, reason=str(exc))
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGUSR1 if context.cancel_requested else signal.SIGTERM)
+        child.send_signal(signal.SIGUSR1 if context.cancel_requested else signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STOP_S):
-                await process.wait()
+                await child.wait()
         return read_outcome(folder) or Outcome(succeeded=False, reason="stopped")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     settings = settings_module.load(TrainerSettings)
     active = telemetry.setup("trainer", settings)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log presigned URLs, which are secrets
     try:
         claim = json.loads((folder / "attempt.json").read_text())
         with telemetry.start_span("training attempt", parent=telemetry.context_from(claim["traceparent"])):

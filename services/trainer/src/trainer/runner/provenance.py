@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import platform
@@ -11,6 +10,7 @@ import shutil
 import psutil
 
 from trainer.domain.training import Training
+from trainer.runner.child import output_of
 from trainer.runner.venv import packages
 
 _MAX_TAG = 8_000
@@ -46,16 +46,9 @@ async def _gpus() -> str:
     program = shutil.which("nvidia-smi")
     if program is None:
         return ""
-    process = await asyncio.create_subprocess_exec(
-        *(program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
     try:
-        async with asyncio.timeout(_GPU_S):
-            said, _ = await process.communicate()
+        query = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        code, said = await output_of([program, *query], {"PATH": os.defpath}, _GPU_S)
     except TimeoutError:
-        process.kill()
-        await process.wait()
         return ""
-    return said.decode(errors="replace").strip() if process.returncode == 0 else ""
+    return said.strip() if code == 0 else ""

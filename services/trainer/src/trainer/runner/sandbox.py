@@ -22,11 +22,12 @@ from typing import Any
 import psutil
 from servicekit.errors import Invalid
 
+from trainer.runner.child import Child
 from trainer.runner.sandbox_init import HOME, SOURCE, WORK
 
 POLL_S = 0.1
 MAX_PROCESSES = 2_000
-_KILLED_S = 10.0
+BASE_PYTHON: str = sys._base_executable  # type: ignore[attr-defined]  # CPython has it
 _INIT = Path(__file__).with_name("sandbox_init.py")
 
 SYSTEM = ("/usr", "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/localtime")
@@ -94,31 +95,21 @@ async def run(command: Command, limits: Limits, folder: Path, output: Callable[[
     spec_file.write_text(json.dumps(_spec(command, limits, root)))
     result, result_end = os.pipe()
     try:
-        words = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork"]
-        words += ["--kill-child", "--", sys._base_executable, "-I", "-S", str(_INIT), str(spec_file), str(result_end)]  # type: ignore[attr-defined]  # CPython has it
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={"PATH": os.environ.get("PATH", os.defpath)},
-            pass_fds=(result_end,),
-            start_new_session=True,
-        )
+        words = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "--"]
+        words += [BASE_PYTHON, "-I", "-S", str(_INIT), str(spec_file), str(result_end)]
+        child = Child(words, environment={"PATH": os.environ.get("PATH", os.defpath)}, pass_fds=(result_end,))
         os.close(result_end)
         result_end = -1
         watch = _Watch()
+        watching = asyncio.create_task(_watch(child, limits, watch), name="sandbox watch")
         try:
-            watching = asyncio.create_task(_watch(process, limits, watch), name="sandbox watch")
-            try:
-                await _drain(process, output)
-                await process.wait()
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+            await child.drain(output)
+            await child.wait()
         finally:
-            await _kill(process)
-        return _ended(os.read(result, 65536), watch)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await child.end()
+        return _ended(await asyncio.to_thread(os.read, result, 65_536), watch)
     finally:
         os.close(result)
         if result_end >= 0:
@@ -188,20 +179,12 @@ def _size(folder: Path) -> int:
     return total
 
 
-async def _drain(process: asyncio.subprocess.Process, output: Callable[[bytes], None]) -> None:
-    """Hands on the output until its last writer is gone."""
-    stream = process.stdout
-    if stream is not None:
-        while chunk := await stream.read(65536):
-            output(chunk)
-
-
-async def _watch(process: asyncio.subprocess.Process, limits: Limits, watch: _Watch) -> None:
+async def _watch(child: Child, limits: Limits, watch: _Watch) -> None:
     """Polls what the command uses, and kills the sandbox when that is too much."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limits.timeout_s
     while True:
-        used, count = _used(process.pid, watch)
+        used, count = _used(child.pid, watch)
         watch.peak = max(watch.peak, used)
         if used > limits.memory_bytes:
             watch.killed = f"out of memory: used {human(used)} of {human(limits.memory_bytes)}"
@@ -210,8 +193,7 @@ async def _watch(process: asyncio.subprocess.Process, limits: Limits, watch: _Wa
         elif loop.time() >= deadline:
             watch.killed = f"timed out after {limits.timeout_s:g} s"
         if watch.killed:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            child.kill()
             return
         await asyncio.sleep(POLL_S)
 
@@ -230,18 +212,6 @@ def _used(pid: int, watch: _Watch) -> tuple[int, int]:
         with contextlib.suppress(psutil.Error):  # it has just ended
             used += process.memory_info().rss
     return used, len(processes)
-
-
-async def _kill(process: asyncio.subprocess.Process) -> None:
-    """Ends the sandbox if it has not ended; its first process's death ends all others before the wait is over."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        drained = asyncio.ensure_future(_drain(process, lambda _: None))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_KILLED_S):
-                await drained
-        await process.wait()
 
 
 def _ended(result: bytes, watch: _Watch) -> Ended:

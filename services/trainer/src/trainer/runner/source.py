@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import tarfile
@@ -16,6 +15,7 @@ from servicekit.errors import Invalid, TooLarge, Unavailable
 
 from trainer.domain.training import Source
 from trainer.ports import Upload
+from trainer.runner.child import output_of
 
 MAX_FILES = 50_000
 _GIT_S = 600.0
@@ -69,31 +69,17 @@ class SourceFetcher:
             "GIT_ALLOW_PROTOCOL": ":".join(self._protocols),
             "GIT_LFS_SKIP_SMUDGE": "1",
         }
-        process = await asyncio.create_subprocess_exec(
-            *("setpriv", "--pdeathsig", "KILL", "--", "git", *(word for option in options for word in ("-c", option)), *words),
-            cwd=folder,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
+        configured = [word for option in options for word in ("-c", option)]
         try:
-            async with asyncio.timeout(_GIT_S):
-                said, complaint = await process.communicate()
+            code, said = await output_of(["git", *configured, *words], environment, _GIT_S, folder)
         except TimeoutError:
             raise Unavailable(f"git did not end within {_GIT_S:g} s") from None
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            text = complaint.decode(errors="replace").strip()[-500:]
+        if code != 0:
+            text = said.strip()[-500:]
             if any(sign in text for sign in _PASSING) and not any(sign in text for sign in _LASTING):
                 raise Unavailable(f"git: {text}")
             raise Invalid(f"git: {text}")
-        return said.decode(errors="replace").strip()
+        return said.strip()
 
 
 def unpack(archive: Path, folder: Path, max_bytes: int) -> None:

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import uv
 from servicekit.errors import Invalid, Unavailable
 
 from trainer.runner import sandbox
+from trainer.runner.child import output_of
 from trainer.runner.sandbox import Command, Limits
 
 LOCK = "requirements.lock"
@@ -101,8 +101,7 @@ def packages(lock: bytes) -> list[str]:
 async def _install(lock: bytes, venv: Path, scratch: Path, output: Callable[[bytes], None]) -> None:
     file = scratch / LOCK
     await asyncio.to_thread(_write, file, lock)
-    base: str = sys._base_executable  # type: ignore[attr-defined]  # CPython has it
-    await _uv(output, "venv", "--quiet", "--python", base, str(venv))
+    await _uv(output, "venv", "--quiet", "--python", sandbox.BASE_PYTHON, str(venv))
     await _uv(
         output,
         *("pip", "sync", "--quiet", "--require-hashes", "--no-build", "--allow-empty-requirements"),
@@ -127,29 +126,16 @@ async def _compile(venv: Path, scratch: Path, output: Callable[[bytes], None]) -
 
 
 async def _uv(output: Callable[[bytes], None], *words: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *("setpriv", "--pdeathsig", "KILL", "--", uv.find_uv_bin(), *words),
-        # Registries and proxies are the operator's to set; nothing of Headrace's own is handed on.
-        env={name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-    )
+    # Registries and proxies are the operator's to set; nothing of Headrace's own is handed on.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
     try:
-        async with asyncio.timeout(_INSTALL_S):
-            said, _ = await process.communicate()
+        code, said = await output_of([uv.find_uv_bin(), *words], environment, _INSTALL_S)
     except TimeoutError:
         raise Unavailable(f"the packages were not installed within {_INSTALL_S:g} s") from None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
     if said:
-        output(said)
-    if process.returncode != 0:
-        text = said.decode(errors="replace").strip()[-1_500:]
+        output(said.encode())
+    if code != 0:
+        text = said.strip()[-1_500:]
         if any(sign in text for sign in _PASSING):
             raise Unavailable(f"the packages of {LOCK} could not be fetched: {text}")
         raise Invalid(f"the packages of {LOCK} could not be installed: {text}")
