@@ -6,6 +6,7 @@ HEADRACE_OUTAGE_SECONDS says how long (10 by default; `make chaos` takes 60).
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -53,12 +54,15 @@ def breakable(stack_servers: object) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def world(breakable: Stack, request: pytest.FixtureRequest) -> Iterator[World]:
-    made = World(breakable, request.node.name.replace("_", "-").replace("[", "-").replace("]", "")[:50])
-    made.apply()
-    made.arrives(made.finish_run(model_bytes(WEAK)), "completed")
-    yield made
-    made.close()
+def world(breakable: Stack) -> Iterator[World]:
+    """An endpoint that serves a weak model."""
+    made = World(breakable, f"outage-{secrets.token_hex(3)}")
+    try:
+        made.apply()
+        made.arrives(made.finish_run(model_bytes(WEAK)), "completed")
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.mark.parametrize("part", ["kafka", "postgres", "s3"])

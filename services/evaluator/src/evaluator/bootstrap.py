@@ -71,7 +71,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     broker = broker or KafkaBroker(settings.kafka_bootstrap, settings.service_name)
     channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
     outbox = Outbox(eventing_schema.tables(SCHEMA))
-    queue = JobQueue(engine, SCHEMA, clock, ids, backoff)
+    queue = JobQueue(engine, SCHEMA, clock, ids, backoff or Backoff(first_s=1, most_s=15))
     store = SqlStore(engine, outbox, queue, EventEncoder(clock, ids))
     objects = S3Store(
         S3Location(

@@ -47,6 +47,7 @@ from evaluator.ports import (
     StoredHoldout,
     UnitOfWork,
     Unjudgeable,
+    WorkerDied,
 )
 
 MAX_MODEL_BYTES = 4 * 1024**3
@@ -287,7 +288,7 @@ class Evaluator:
                 whose = f"the champion, version {champion.version},"
                 theirs = await self._predict(whose, files.champion, None, rows, None, len(labels))
         if ours.latency is None:
-            raise Unavailable("the process that runs the model measured no latency")
+            raise WorkerDied("the process that runs the model measured no latency")
         evidence = Evidence(
             labels=labels,
             challenger=ours.scores,

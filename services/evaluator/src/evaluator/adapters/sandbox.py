@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from servicekit.errors import Unavailable
 
 from evaluator import worker
 from evaluator.domain.candidate import Model, Tensor
 from evaluator.domain.evaluation import Latency
 from evaluator.domain.statistics import Floats
-from evaluator.ports import Prediction, Unjudgeable
+from evaluator.ports import Prediction, Unjudgeable, WorkerDied
 
 _log = logging.getLogger(__name__)
 
@@ -113,14 +112,14 @@ class SandboxPredictor:
             async with asyncio.timeout(self._limits.timeout_s):
                 code = await process.wait()
         except TimeoutError:
-            raise Unavailable(f"the prediction took longer than {self._limits.timeout_s:g} s and was ended") from None
+            raise WorkerDied(f"the prediction took longer than {self._limits.timeout_s:g} s and was ended") from None
         finally:
             await _end(process)
         if code != 0:
             with (task / "stderr").open("rb") as stderr:
                 stderr.seek(max(0, os.fstat(stderr.fileno()).st_size - _STDERR_BYTES))
                 _log.warning("a prediction process died", extra={"code": code, "stderr": stderr.read().decode(errors="replace")})
-            raise Unavailable(f"the process that runs the model died: {_how(code)}")
+            raise WorkerDied(f"the process that runs the model died: {_how(code)}")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
@@ -141,7 +140,7 @@ def _how(code: int) -> str:
 
 
 def _collect(out: Path) -> Prediction:
-    """Reads what the process left. Raises Unjudgeable for a refusal, Unavailable for what it cannot have meant to leave."""
+    """Reads what the process left. Raises Unjudgeable for a refusal, WorkerDied for what it cannot have meant to leave."""
     try:
         result = json.loads(_read_bounded(out / worker.RESULT))
         if isinstance(result, dict) and "refused" in result:
@@ -154,7 +153,7 @@ def _collect(out: Path) -> Prediction:
         latency = result["latency"]
         measured = None if latency is None else Latency(float(latency["p50_ms"]), float(latency["p99_ms"]), int(latency["rows"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unavailable(f"the process that runs the model left no result: {type(error).__name__}") from error
+        raise WorkerDied(f"the process that runs the model left no result: {type(error).__name__}") from error
     return Prediction(scores, samples, measured)
 
 

@@ -22,8 +22,9 @@ from evaluator.domain.policy import Policy
 EVALUATE = "evaluate"
 """The kind of the evaluator's jobs; the key is the evaluation's id."""
 
-MAX_ATTEMPTS = 3
-"""How often an evaluation is tried when what it needs is away, or its process dies."""
+MAX_ATTEMPTS = 10_000
+"""How often an evaluation is tried when what it needs is away: an outage, however long, is no verdict on a candidate. What the
+model does to its own process ends its evaluation sooner (MAX_DEATHS)."""
 
 Encode = Callable[[Event, int], Envelope]
 """How a domain event is written for the wire, given its model's next sequence number; the entry points know that."""

@@ -6,13 +6,17 @@ from collections.abc import Callable
 
 from jobs import Ended, Job, JobContext, State
 from servicekit import telemetry
+from servicekit.errors import Invalid
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from evaluator.handlers import Evaluator
-from evaluator.ports import UnitOfWork
+from evaluator.ports import UnitOfWork, WorkerDied
 
 SPAN = "evaluate"
 """The span of one evaluation. It belongs to the trace of the run that brought the candidate, as do the events that come of it."""
+
+MAX_DEATHS = 3
+"""A model whose prediction process dies in this attempt or a later one is not tried again. Servers that are away are waited for."""
 
 Open = Callable[[AsyncConnection], UnitOfWork]
 
@@ -30,7 +34,12 @@ class Jobs:
         attributes: dict[str, str | int] = {"headrace.evaluation_id": job.key, "job.attempt": job.attempt}
         cause = telemetry.context_from(job.traceparent)
         with telemetry.start_span(SPAN, parent=cause, links=[telemetry.current_traceparent()], attributes=attributes):
-            decision = await self._evaluator.evaluate(job.key)
+            try:
+                decision = await self._evaluator.evaluate(job.key)
+            except WorkerDied as error:
+                if job.attempt >= MAX_DEATHS:
+                    raise Invalid(f"{error}, in attempt {job.attempt}") from error
+                raise
             async with context.transaction() as conn:
                 if decision is not None:
                     await self._evaluator.decide(self._open(conn), decision)
