@@ -284,7 +284,9 @@ async def test_nothing_is_lost_doubled_or_reordered(own_postgres, own_kafka, tmp
                 "applied but not echoed": applied - await ledger.number("SELECT count(*) FROM alpha.echo"),
             }
 
+        began = time.monotonic()
         await settled(open_items, system)
+        settled_s = time.monotonic() - began
         emitted = {row["key"]: row["sequence"] for row in await ledger.rows("SELECT key, sequence FROM alpha.counter")}
         applied = await ledger.per_key("SELECT key, sequence FROM beta.effect ORDER BY id")
         parked = await ledger.per_key("SELECT key, sequence FROM beta.parked_event ORDER BY id")
@@ -292,7 +294,8 @@ async def test_nothing_is_lost_doubled_or_reordered(own_postgres, own_kafka, tmp
             victims = ", ".join(f"{victim} {count}" for victim, count in sorted(system.kills.items()))
             print(
                 f"crash test: {system.kills.total()} kills in {lasted:.0f} s ({victims}); {sum(emitted.values())} events emitted,"
-                f" {sum(map(len, applied.values()))} applied, {sum(map(len, parked.values()))} parked in {len(parked)} keys",
+                f" {sum(map(len, applied.values()))} applied, {sum(map(len, parked.values()))} parked in {len(parked)} keys;"
+                f" settled within {settled_s:.0f} s",
                 flush=True,
             )
 

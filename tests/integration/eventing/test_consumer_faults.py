@@ -7,9 +7,10 @@ import uuid
 
 import pytest
 from eventing import topics
-from eventing.broker import OffsetOutOfRange, Partition, Polled, WrongCluster
+from eventing.broker import Fetched, OffsetOutOfRange, Partition, Polled, WrongCluster
 from eventing.consumer import Unapplied, UnknownValue
 from eventing.dlq import DeadLetters
+from eventing.envelope import encode_headers
 from eventing.inbox import LostRace, SequenceGap, read
 from eventing.memory import MemoryBroker
 from eventing.partitioning import partition_of
@@ -312,6 +313,40 @@ async def test_two_transactions_from_the_same_position_cannot_both_commit(local,
     assert (outcome.applied, outcome.duplicates) == (0, 1)
     with pytest.raises(LostRace):
         await consumer.inbox.apply(batch, positions, savepoints=False, cluster_id=cluster)
+
+
+async def test_the_sequences_fence_by_themselves(local):
+    """Should a key's row change under a transaction in spite of its lock, the transaction must not commit."""
+    consumer = local.consumer()
+    partition = Partition(topics.RUNS, 0)
+    await consumer.inbox.positions([partition], "cluster")
+
+    def batch(sequence):
+        event = local.event("run", sequence)
+        return [read(Fetched(partition, 0, b"run", b"x", encode_headers(event, "/test"), 0), topics.RUNS, "cluster")]
+
+    async def apply(sequence):
+        async with local.engine.begin() as conn:
+            await conn.exec_driver_sql("UPDATE alpha.consumer_offset SET next_offset = 0")
+        await consumer.inbox.apply(batch(sequence), {partition: 0}, savepoints=False, cluster_id="cluster")
+
+    look = consumer.inbox._keys
+    await apply(1)
+    for before in (0, 1):  # the key looked new; the key looked as if it stood elsewhere
+
+        async def stale(conn, items, before=before):
+            found = await look(conn, items)
+            for state in found.values():
+                state.sequence = before
+            return found
+
+        consumer.inbox._keys = stale
+        with pytest.raises(LostRace, match="events of the same keys"):
+            await apply(before + 1)
+        consumer.inbox._keys = look
+        if before == 0:
+            await apply(2)
+    assert await local.effects("run") == [1, 2]
 
 
 class Deaf(MemoryBroker):

@@ -9,7 +9,7 @@ import pytest
 from eventing.broker import Fetched, Partition
 from eventing.envelope import Event, decode_headers, encode_headers
 from eventing.records import pack_headers, receive, receive_any, unpack_headers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from servicekit.errors import Invalid
 
@@ -37,6 +37,7 @@ def fetched(event, headers=None, **changes):
     return Fetched(Partition("x.headrace.runs", 3), 42, timestamp_ms=0, **values)
 
 
+@settings(deadline=None)
 @given(EVENTS)
 def test_an_event_is_received_as_it_was_sent(event):
     received = receive(fetched(event), "headrace.runs", "cluster")
@@ -114,6 +115,7 @@ def test_a_time_without_zone_is_refused():
         encode_headers(Event("t", "headrace.runs", "r", 1, b"", GOOD.id, datetime(2026, 1, 1)), "/test")
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(TEXT, st.binary(max_size=40))))
 def test_headers_are_kept_byte_for_byte(headers):
     assert unpack_headers(pack_headers(tuple(headers))) == tuple(headers)

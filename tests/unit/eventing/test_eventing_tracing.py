@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from eventing import tracing
 from eventing.tracing import RateMeter, Tracing, current_traceparent, span_context
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -31,6 +31,7 @@ def made(exporter):
     return {span.name: span for span in exporter.get_finished_spans()}
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_whatever_is_no_traceparent_is_nothing(text):
     found = span_context(text)

@@ -139,7 +139,7 @@ class Reader(Protocol):
 
 
 class Broker(Protocol):
-    """A broker. Making one connects to nothing; `close` closes what questions to it opened, not producers and readers."""
+    """A broker. Making one connects to nothing. May be shared by all components of a process."""
 
     def producer(self, *, best_effort: bool = False) -> Producer:
         """A producer: acks=all and idempotent; a best-effort one asks for the leader's acknowledgement only."""
@@ -167,4 +167,7 @@ class Broker(Protocol):
         """First offset held and the offset after the last, of each partition."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Closes what questions to it opened (not producers and readers); the next question opens it again. Components call it when they
+        end. May be repeated."""
+        ...

@@ -136,6 +136,7 @@ class Consumer(Background):
                 if not task.done() and (task is watch or not self._stopping.is_set()):
                     task.cancel()
             ended = await asyncio.gather(work, watch, return_exceptions=True)
+            await self._broker.close()
         for outcome in ended:
             if isinstance(outcome, Exception):
                 raise outcome

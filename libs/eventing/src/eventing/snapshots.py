@@ -69,13 +69,16 @@ class SnapshotReader(Background):
 
     async def _run(self) -> None:
         backoff = Backoff(most_s=3.0)
-        while not self._stopping.is_set():
-            try:
-                await self._session(backoff)
-            except (Transient, OffsetOutOfRange) as exc:
-                wait = backoff.next()
-                _log.warning("%s: %r; again in %.1f s", self._name, exc, wait)
-                await self._pause(wait)
+        try:
+            while not self._stopping.is_set():
+                try:
+                    await self._session(backoff)
+                except (Transient, OffsetOutOfRange) as exc:
+                    wait = backoff.next()
+                    _log.warning("%s: %r; again in %.1f s", self._name, exc, wait)
+                    await self._pause(wait)
+        finally:
+            await self._broker.close()
 
     async def _session(self, backoff: Backoff) -> None:
         if self._create_topics:
