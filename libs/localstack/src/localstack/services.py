@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from localstack.cache import Progress
+from localstack.cache import Progress, cache_dir
 from localstack.ports import LOOPBACK
 from localstack.process import Child, spawn
 
@@ -110,6 +110,8 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
             }
         case "trainer":
             settings["PUBLIC_URL"] = f"http://{at.gateway}"
+            # Like every download it outlives the state of one stack: PyTorch alone takes minutes.
+            settings["VENV_DIR"] = str(cache_dir() / "venvs")
     return {f"HEADRACE_{name}": value for name, value in settings.items()}
 
 

@@ -122,7 +122,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
                 trainer=trainer,
                 tracker=GrpcTracker(tracker_pb2_grpc.TrackerServiceStub(channel)),
                 sources=SourceFetcher(objects, settings.max_source_bytes),
-                venvs=Venvs(_state_dir(settings) / "venvs"),
+                venvs=Venvs(Path(settings.venv_dir) if settings.venv_dir else _state_dir(settings) / "venvs"),
                 objects=objects,
                 clock=clock,
                 options=Options(

@@ -36,6 +36,9 @@ class TrainerSettings(ServiceSettings):
     max_attempts: int = Field(default=1, ge=1, le=20, description="Times that a training's own code may be run when it fails.")
     max_source_bytes: int = Field(default=256 * 1024**2, gt=0, description="Size of a packed source folder; ten times as much unpacked.")
     max_log_bytes: int = Field(default=64 * 1024**2, gt=0, description="What one attempt may print; the rest is left out.")
+    venv_dir: str = Field(
+        default="", description="Where the environments of trainings are kept, one per lock file; empty: below the state folder."
+    )
     sandbox_visible: str = Field(
         default="", description="Folders that training scripts may read besides their own, separated by `:`, such as local data."
     )
