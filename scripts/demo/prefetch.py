@@ -1,4 +1,7 @@
-"""Downloads the packages of the demo's trainings into uv's cache, so that the first training need not wait: `python -m scripts.demo.prefetch`."""
+"""Downloads the packages of the demo's trainings into uv's cache, so that the first training need not wait.
+
+`python -m scripts.demo.prefetch`
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from localstack.cache import cache_dir
 from uv import find_uv_bin
 
 LOCK = Path(__file__).resolve().parents[2] / "examples" / "flights" / "requirements.lock"
@@ -14,8 +18,10 @@ LOCK = Path(__file__).resolve().parents[2] / "examples" / "flights" / "requireme
 
 def main() -> None:
     """Entry point. Repeatable; blocks until everything is there."""
-    with tempfile.TemporaryDirectory(prefix="headrace-prefetch-") as folder:
-        # An environment that is thrown away: what uv unpacked stays in its cache, and the next one is made of links to it.
+    scratch = cache_dir()
+    scratch.mkdir(exist_ok=True)
+    # An environment that is thrown away, on the disk of the real one: what uv unpacked stays in its cache, and both are links to it.
+    with tempfile.TemporaryDirectory(prefix="prefetch-", dir=scratch) as folder:
         uv = [find_uv_bin(), "pip", "install", "--no-config", "--quiet", "--require-hashes", "--python", sys.executable]
         subprocess.run([*uv, "--target", folder, "-r", str(LOCK)], check=True)
 
