@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 
 from eventing import topics
@@ -15,7 +14,7 @@ from eventing.topics import ensure_topics
 from localstack import server
 from localstack.cache import Silent
 
-OUTAGE_S = float(os.environ.get("HEADRACE_OUTAGE_SECONDS") or 10) / 2
+OUTAGE_S = 3.0
 
 
 async def test_everything_resumes_after_the_broker_and_the_database_died(own_postgres, own_kafka, make_service, until):
