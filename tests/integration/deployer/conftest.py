@@ -24,6 +24,7 @@ from contracts.tracker.v1 import model_pb2 as models
 from deployer.adapters.memory_runtime import MemoryRuntime
 from deployer.adapters.tables import SCHEMA
 from deployer.bootstrap import MIGRATIONS, World, assemble
+from deployer.domain import membership
 from deployer.domain.signature import Rows
 from deployer.settings import DeployerSettings
 from eventing import topics
@@ -407,11 +408,25 @@ def _tasks(component: Any) -> list[asyncio.Task[Any]]:
 
 
 @pytest.fixture
-async def stand(database: Any) -> AsyncIterator[Stand]:
-    await migrate.upgrade(database.sqlalchemy, SCHEMA, MIGRATIONS)
-    made = Stand(database.sqlalchemy)
-    yield made
-    await made.close()
+async def make_stand(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[str], Awaitable[Stand]]]:
+    """Makes stands on databases given by their SQLAlchemy URLs."""
+    # These gateways report every 50 ms, so all of them are soon known.
+    monkeypatch.setattr(membership, "SETTLE_S", 0.3)
+    made: list[Stand] = []
+
+    async def make(url: str) -> Stand:
+        await migrate.upgrade(url, SCHEMA, MIGRATIONS)
+        made.append(Stand(url))
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.close()
+
+
+@pytest.fixture
+async def stand(database: Any, make_stand: Callable[[str], Awaitable[Stand]]) -> Stand:
+    return await make_stand(database.sqlalchemy)
 
 
 @pytest.fixture

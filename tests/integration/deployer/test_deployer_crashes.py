@@ -251,3 +251,24 @@ async def test_kafka_away_is_waited_for(stand: Any) -> None:
     stand.broker.available = True
     await stand.ended(2, "deploy.completed")
     check_ledger(stand)
+
+
+async def test_postgresql_away_is_waited_for(own_postgres: Any, make_stand: Any) -> None:
+    from localstack import server as servers
+
+    server = await asyncio.to_thread(own_postgres)
+    stand = await make_stand(server.dsn.replace("postgresql://", "postgresql+asyncpg://", 1))
+    await stand.start()
+    gateway = await stand.live()
+    await stand.promote(2)
+    await stand.ended(2, "deploy.canary")
+    (leader,) = stand.leaders()
+    before = leader.epoch
+    await asyncio.to_thread(servers.crash, server)
+    served = dict(gateway.served)
+    await stand.eventually(lambda: gateway.served[1] > served[1] + 1000, "gateways to go on serving")
+    await asyncio.to_thread(servers.restart, server)
+    await stand.ended(2, "deploy.completed")
+    # The lock was lost with the session, so a new term began.
+    assert leader.epoch > before
+    check_ledger(stand)
