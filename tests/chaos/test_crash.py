@@ -1,5 +1,6 @@
 """The promise of eventing under SIGKILL: relays, consumers, producer, broker and database are killed at random points under load, over
-and over, and then the ledger must balance: no event lost, no effect doubled, no order within a key broken.
+and over, and then the ledger must balance: no event lost, no effect doubled, no order within a key broken. Now and then a relay or a
+consumer is only paused, for longer than its session lasts: it comes back as a zombie that does not know what it lost.
 
 HEADRACE_CHAOS_SECONDS (90) or HEADRACE_CHAOS_KILLS say how long; HEADRACE_CHAOS_SEED repeats the kills of an earlier run.
 """
@@ -53,13 +54,15 @@ WEIGHTS = {
     "postmaster": 2,
     "database": 2,
 }
-PAUSE_S = (0.2, 1.6)
+ZOMBIES = {"relay-1 paused": 1, "relay-2 paused": 1, "consumer-1 paused": 1, "consumer-2 paused": 1}
+ZOMBIE_S = 3.5
+WAIT_S = (0.2, 1.6)
 SETTLE_S = 150.0
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One entry of the schedule: wait, kill, leave down."""
+    """One entry of the schedule: wait, kill (or pause), leave down."""
 
     wait_s: float
     victim: str
@@ -69,10 +72,11 @@ class Kill:
 def schedule(seed: int) -> Iterator[Kill]:
     """The endless list of kills that a seed stands for. Every victim comes once before any chance decides."""
     chance = random.Random(seed)
-    first = chance.sample(sorted(WEIGHTS), len(WEIGHTS))
+    weights = {**WEIGHTS, **ZOMBIES}
+    first = chance.sample(sorted(weights), len(weights))
     while True:
-        victim = first.pop() if first else chance.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
-        yield Kill(chance.uniform(*PAUSE_S), victim, chance.uniform(0.0, 0.6))
+        victim = first.pop() if first else chance.choices(list(weights), weights=list(weights.values()))[0]
+        yield Kill(chance.uniform(*WAIT_S), victim, ZOMBIE_S if victim in ZOMBIES else chance.uniform(0.0, 0.6))
 
 
 @dataclass
@@ -85,6 +89,7 @@ class System:
     children: dict[str, process.Child] = field(default_factory=dict)
     reviving: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     kills: Counter[str] = field(default_factory=Counter)
+    pauses: Counter[str] = field(default_factory=Counter)
 
     @property
     def url(self) -> str:
@@ -98,22 +103,27 @@ class System:
     async def kill(self, kill: Kill) -> None:
         """Waits until the victim is up, kills it, and brings it back in the background."""
         self.check()
-        place = "database" if kill.victim == "postmaster" else kill.victim
+        place = "database" if kill.victim == "postmaster" else kill.victim.removesuffix(" paused")
         if place in self.reviving:
             await self.reviving.pop(place)
         if place == "broker":
             stack_server.crash(self.kafka)
         elif place == "database":
             await self._kill_database(alone=kill.victim == "postmaster")
+        elif kill.victim in ZOMBIES:
+            os.kill(self.children[place].pid, signal.SIGSTOP)
         else:
             self.check()
             self.children[place].kill()
-        self.kills[kill.victim] += 1
-        self.reviving[place] = asyncio.create_task(self._revive(place, kill.down_s))
+        counter = self.pauses if kill.victim in ZOMBIES else self.kills
+        counter[kill.victim] += 1
+        self.reviving[place] = asyncio.create_task(self._revive(place, kill))
 
-    async def _revive(self, place: str, down_s: float) -> None:
-        await asyncio.sleep(down_s)
-        if place == "broker":
+    async def _revive(self, place: str, kill: Kill) -> None:
+        await asyncio.sleep(kill.down_s)
+        if kill.victim in ZOMBIES:
+            os.kill(self.children[place].pid, signal.SIGCONT)
+        elif place == "broker":
             await asyncio.to_thread(stack_server.restart, self.kafka)
         elif place == "database":
             await asyncio.to_thread(stack_server.restart, self.postgres)
@@ -294,9 +304,9 @@ async def test_nothing_is_lost_doubled_or_reordered(own_postgres, own_kafka, tmp
         with capsys.disabled():
             victims = ", ".join(f"{victim} {count}" for victim, count in sorted(system.kills.items()))
             print(
-                f"crash test: {system.kills.total()} kills in {lasted:.0f} s ({victims}); {sum(emitted.values())} events emitted,"
-                f" {sum(map(len, applied.values()))} applied, {sum(map(len, parked.values()))} parked in {len(parked)} keys;"
-                f" settled within {settled_s:.0f} s",
+                f"crash test: {system.kills.total()} kills in {lasted:.0f} s ({victims}), {system.pauses.total()} pauses;"
+                f" {sum(emitted.values())} events emitted, {sum(map(len, applied.values()))} applied,"
+                f" {sum(map(len, parked.values()))} parked in {len(parked)} keys; settled within {settled_s:.0f} s",
                 flush=True,
             )
 

@@ -49,10 +49,10 @@ async def test_events_arrive_once_and_in_order(service, until):
 
 async def test_many_events_of_one_transaction_keep_their_order(service, until):
     async with service.engine.begin() as conn:
-        await service.outbox.append(conn, [service.event("run", n) for n in range(1, 301)])
+        await service.outbox.append(conn, [service.event("run", n) for n in range(1, 1201)])  # more than a round
     await service.relay()
     await service.consume()
-    await until(lambda: service.effects("run"), list(range(1, 301)))
+    await until(lambda: service.effects("run"), list(range(1, 1201)))
 
 
 async def test_unknown_types_are_skipped_and_counted_and_leave_no_gap(service, until, counters):
