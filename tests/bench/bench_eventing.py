@@ -110,7 +110,7 @@ async def _create(url: str) -> None:
     async with engine.begin() as conn:
         for name in ("writing", "reading"):
             await conn.execute(text(f"CREATE SCHEMA {name}"))
-            await conn.run_sync(lambda sync, name=name: schema.create(sync, name))
+            await conn.run_sync(schema.create, name)
         await conn.execute(text("CREATE TABLE writing.counter (key text PRIMARY KEY, sequence bigint NOT NULL)"))
         await conn.execute(text(f"INSERT INTO writing.counter SELECT 'key-' || n, 0 FROM generate_series(0, {KEYS - 1}) AS n"))
         await conn.execute(text("CREATE TABLE reading.effect (key text, sequence bigint)"))
@@ -142,7 +142,8 @@ def _tell(process: asyncio.subprocess.Process, word: str) -> None:
 
 
 async def _said() -> str:
-    return (await asyncio.to_thread(sys.stdin.readline)).strip()
+    line: str = await asyncio.to_thread(sys.stdin.readline)
+    return line.strip()
 
 
 def _say(what: Any) -> None:

@@ -151,6 +151,7 @@ async def _run_gateway(runtime: str, shadow: bool) -> None:
     from gateway.listener import DataServer
     from gateway.plane import DataPlane
     from gateway.routes import ArmSpec, GuardKind, GuardSpec, Role, RouteSpec, ShadowSpec
+    from gateway.windows import Report
 
     plane = DataPlane([runtime])
     plane.access.apply(KeySpec("k", 1, hashlib.sha256(KEY.encode()).hexdigest(), "bench", endpoints=frozenset({ENDPOINT})))
@@ -187,24 +188,27 @@ async def _run_gateway(runtime: str, shadow: bool) -> None:
     await server.start()
     loop = asyncio.get_running_loop()
 
+    totals: dict[str, int] = {}
+
+    def count(reports: list[Report]) -> None:
+        for arm in (arm for report in reports for endpoint in report.endpoints for arm in endpoint.arms):
+            for name in ("requests", "errors", "shadow_compared", "shadow_different", "shadow_shed", "shadow_errors"):
+                totals[name] = totals.get(name, 0) + getattr(arm, name)
+
     def tick() -> None:
         now = time.monotonic()
-        for report in plane.windows.tick(now):
-            for endpoint in report.endpoints:
-                for arm in endpoint.arms:
-                    for name in ("requests", "errors", "shadow_compared", "shadow_different", "shadow_shed", "shadow_errors"):
-                        totals[name] = totals.get(name, 0) + getattr(arm, name)
+        count(plane.windows.tick(now))
         plane.routes.endpoints[ENDPOINT].heard_at = now
         loop.call_later(0.25, tick)
 
-    totals: dict[str, int] = {}
     tick()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     print(server.port, flush=True)
     await stop.wait()
     await server.stop()
-    print(totals, file=sys.stderr, flush=True)
+    count(plane.windows.finish(time.monotonic()))
+    print(" ", totals, file=sys.stderr, flush=True)
 
 
 def _nginx_binary() -> str:

@@ -40,35 +40,61 @@ def _modules() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
+def _met(figure: Figure) -> bool:
+    aim, value = figure["aim"], figure["value"]
+    return aim is None or (value <= aim if figure["lower_is_better"] else value >= aim)
+
+
+def _aim(figure: Figure) -> str:
+    return "" if figure["aim"] is None else f"{'≤' if figure['lower_is_better'] else '≥'} {figure['aim']:,.4g}"
+
+
 def _show(figures: list[Figure]) -> None:
     grid = Table("figure", "value", "unit", "aim", "reference", "", box=None, header_style="bold", pad_edge=False)
     for figure in figures:
-        aim, value = figure["aim"], figure["value"]
-        met = aim is None or (value <= aim if figure["lower_is_better"] else value >= aim)
-        sign = "<=" if figure["lower_is_better"] else ">="
         grid.add_row(
             figure["name"],
-            f"{value:,.4g}",
+            f"{figure['value']:,.4g}",
             figure["unit"],
-            "" if aim is None else f"{sign} {aim:,.4g}",
+            _aim(figure),
             "" if figure["reference"] is None else f"{figure['reference']:,.4g}",
-            "" if met else "[yellow]not met[/]",
+            "" if _met(figure) else "[yellow]not met[/]",
         )
     Console(width=150).print(grid)
+
+
+def _quote() -> None:
+    """The last results as docs/benchmarks.md quotes them."""
+    print("| figure | value | aim | reference |\n|---|---|---|---|")
+    figures: list[Figure] = json.loads(RESULTS.read_text())
+    for figure in figures:
+        aim = _aim(figure) + ("" if _met(figure) else ", **not met**")
+        reference = "" if figure["reference"] is None else f"{figure['reference']:,.4g}"
+        print(f"| {figure['name']} | {figure['value']:,.4g} {figure['unit']} | {aim} | {reference} |")
 
 
 def _merge(new: list[Figure]) -> list[Figure]:
     """Figures of modules that were not run this time stay as they were."""
     before: list[Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     names = {figure["name"] for figure in new}
-    return sorted([figure for figure in before if figure["name"] not in names] + new, key=lambda figure: str(figure["name"]))
+    return [figure for figure in before if figure["name"] not in names] + new
+
+
+def _write(figures: list[Figure]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("names", nargs="*", help=f"which; all when left out: {', '.join(_modules())}")
-    chosen = parser.parse_args().names or _modules()
+    parser.add_argument("--quote", action="store_true", help="measure nothing: print the last results as a table for docs/benchmarks.md")
+    arguments = parser.parse_args()
+    if arguments.quote:
+        _quote()
+        return
+    chosen = arguments.names or _modules()
     if unknown := set(chosen) - set(_modules()):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     measured: list[Figure] = []
@@ -81,8 +107,9 @@ def main() -> None:
             measured += asyncio.run(module.figures(servers))
         finally:
             servers.close()
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(_merge(measured), indent=1) + "\n")
+        _write(_merge(measured))
+    if set(chosen) == set(_modules()):
+        _write(measured)  # what nobody measures any more goes
     _show(measured)
 
 
