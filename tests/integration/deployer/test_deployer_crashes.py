@@ -272,3 +272,24 @@ async def test_postgresql_away_is_waited_for(own_postgres: Any, make_stand: Any)
     # The lock was lost with the session, so a new term began.
     assert leader.epoch > before
     check_ledger(stand)
+
+
+async def test_after_a_restart_of_everything_routes_say_where_the_runtime_is_now(stand: Any) -> None:
+    first = await stand.start()
+    gateway = await stand.live()
+    gateway.per_window = 0
+    await stand.promote(2)
+    await stand.eventually(lambda: 2 in gateway.weights(), "version 2 to be shadowed")
+    serving = {arm.runtime_model for arm in gateway.route().arms if arm.version == 1}
+    await stand.stop(first)
+    stand.runtime.restart()
+    stand.runtime.upstream = "127.0.0.1:2"
+    (leader,) = [component for component in await stand.start() if type(component).__name__ == "Leader"]
+    # Ready means that what is served is loaded again.
+    await stand.eventually(lambda: leader.epoch and leader.ready() is None, "the leader to be ready")
+    assert serving <= set(stand.runtime.loaded)
+    await stand.ended(2, "deploy.rolled_back")
+    await stand.eventually(lambda: {arm.upstream for arm in gateway.route().arms} == {"127.0.0.1:2"}, "routes with the new address")
+    gateway.per_window = 40
+    await stand.promote(3)
+    await stand.ended(3, "deploy.completed")

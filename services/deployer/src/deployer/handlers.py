@@ -10,6 +10,7 @@ from servicekit import telemetry
 from servicekit.clock import Ids
 from servicekit.errors import Conflict, Invalid, NotFound, Transient, Violation
 
+from deployer import metrics
 from deployer.domain import endpoint as endpoints
 from deployer.domain import policy as policies
 from deployer.domain import rollout as ro
@@ -144,6 +145,24 @@ class Deployer:
             await work.enqueue_load(rollout_id)
             await work.save_endpoint(record)
             return rollout_id
+
+    async def readdress(self, epoch: int) -> None:
+        """Publish the routes in which a runtime has another address than it has now: addresses change with a restart only."""
+        for known in await self._store.endpoints():
+            if known.route is None or routes.readdressed(known.route, self._upstreams) is None:
+                continue
+            async with self._store.transaction() as work:
+                await work.fence(epoch)
+                record = await self._locked(work, known.endpoint.name)
+                route = None if record.route is None else routes.readdressed(record.route, self._upstreams)
+                if route is None:
+                    continue
+                await self._named(work, route)
+                await work.publish(route)
+                if record.endpoint.live is not None:
+                    running = await self._found(work, record.endpoint.live)
+                    await work.save_rollout(replace(running, rollout=replace(running.rollout, revision=route.revision)))
+                await work.save_endpoint(replace(record, route=route, endpoint=replace(record.endpoint, revision=route.revision)))
 
     async def publish_again(self, endpoint: str, epoch: int) -> None:
         """Tell gateways once more that somebody judges."""
@@ -289,9 +308,11 @@ class Deployer:
         for event in events:
             match event:
                 case ro.Moved():
+                    metrics.moved(rollout)
                     _log.info("%s: %s -> %s: %s", rollout.endpoint, event.source, event.target, event.reason)
                     await work.log(rollout.id, event.source, event.target, event.reason, {})
                 case ro.Judged():
+                    metrics.judged(rollout)
                     await work.log(rollout.id, rollout.state, rollout.state, "window", event.detail)
                 case ro.RouteSet():
                     route = routes.of_rollout(event, rollout, await work.arms(rollout.endpoint), self._upstreams)

@@ -61,12 +61,19 @@ class Leader(Background):
         self._woken = woken
         self._reconcile_s = reconcile_s
         self._problem: str | None = "has not connected yet"
+        self._compared = False
         self.epoch: int | None = None
         """The epoch of the term that runs, None while another process leads."""
 
     def ready(self) -> str | None:
-        """None when it leads or waits behind the one that does, else why not."""
-        return super().ready() or (f"leader: {self._problem}" if self._problem else None)
+        """None when it waits behind the one that leads, or leads and has looked once what the runtimes have loaded; else why not.
+
+        So whoever starts everything anew knows, when this is ready, that what was served is loaded again.
+        """
+        problem = self._problem
+        if problem is None and self.epoch is not None and not self._compared:
+            problem = "has not compared the runtimes with what they should have loaded yet"
+        return super().ready() or (f"leader: {problem}" if problem else None)
 
     async def _run(self) -> None:
         while not self._stopping.is_set():
@@ -97,10 +104,12 @@ class Leader(Background):
     async def _lead(self, term: Term, epoch: int) -> None:
         _log.info("leads", extra={"epoch": epoch})
         self.epoch = epoch
+        self._compared = False
+        await self._deployer.readdress(epoch)
         await self._judge.lead(epoch)
         work = {
             asyncio.create_task(self._every(TICK_S, lambda: self._tick(term, epoch), self._woken), name="tick"),
-            asyncio.create_task(self._every(self._reconcile_s, lambda: self._loader.reconcile(epoch)), name="reconcile"),
+            asyncio.create_task(self._every(self._reconcile_s, lambda: self._reconcile(epoch)), name="reconcile"),
         }
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -134,6 +143,12 @@ class Leader(Background):
 
     def _wake(self) -> None:
         self._woken.set()
+
+    async def _reconcile(self, epoch: int) -> None:
+        try:
+            await self._loader.reconcile(epoch)
+        finally:
+            self._compared = True
 
     async def _tick(self, term: Term, epoch: int) -> None:
         """Do what is due."""

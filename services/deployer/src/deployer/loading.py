@@ -15,6 +15,7 @@ from artifacts.blobs import blob_key
 from servicekit.clock import Clock
 from servicekit.errors import Invalid, NotFound, Transient
 
+from deployer import metrics
 from deployer.domain.errors import SignatureInvalid
 from deployer.domain.rollout import Cause, Loaded, LoadFailed, RuntimeRestarted, State, Warmed
 from deployer.domain.signature import Samples, differences, read_samples, zeros
@@ -189,6 +190,7 @@ class Loader:
 
     async def _restarted(self, runtime: Runtime, lost: list[LoadedModel], epoch: int) -> None:
         """The runtime lost models. Rollouts that need them end, and what callers need is loaded again."""
+        metrics.lost(runtime.name, len(lost))
         _log.error("%s has lost %s", runtime.name, ", ".join(model.name for model in lost))
         arms = {(model.endpoint, model.arm) for model in lost}
         for record in await self._store.live():

@@ -107,6 +107,12 @@ def _routed(arm: Arm, role: Role, weight: int, fallback: int, upstreams: Mapping
     return RoutedArm(arm.id, role, arm.runtime, upstreams[arm.runtime], arm.runtime_model, version.model, version.version, weight, fallback)
 
 
+def readdressed(route: Route, upstreams: Mapping[str, str]) -> Route | None:
+    """The next revision of a route when a runtime is reached at another address than it says; None when all are as it says."""
+    arms = tuple(replace(arm, upstream=upstreams.get(arm.runtime, arm.upstream)) for arm in route.arms)
+    return None if arms == route.arms else replace(route, revision=route.revision + 1, arms=arms)
+
+
 def quiet(route: Route) -> Route:
     """The same route, no longer watched: everybody serves it."""
     return replace(route, revision=route.revision + 1, watched=False, rollout_id="")
