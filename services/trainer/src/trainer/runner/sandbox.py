@@ -27,6 +27,7 @@ from trainer.runner.sandbox_init import HOME, SOURCE, WORK
 
 POLL_S = 0.1
 MAX_PROCESSES = 2_000
+_GONE_S = 30.0
 BASE_PYTHON: str = sys._base_executable  # type: ignore[attr-defined]  # CPython has it
 _INIT = Path(__file__).with_name("sandbox_init.py")
 
@@ -102,12 +103,17 @@ async def run(command: Command, limits: Limits, folder: Path, output: Callable[[
         result_end = -1
         watch = _Watch()
         watching = asyncio.create_task(_watch(child, limits, watch), name="sandbox watch")
+        draining = asyncio.create_task(child.drain(output), name="sandbox output")
         try:
-            await child.drain(output)
+            await asyncio.shield(draining)
             await child.wait()
         finally:
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            child.kill()
+            # The end of the output is the end of the last process that could write to it, and all of them can.
+            await asyncio.wait({watching, draining}, timeout=_GONE_S)
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
             await child.end()
         return _ended(await asyncio.to_thread(os.read, result, 65_536), watch)
     finally:

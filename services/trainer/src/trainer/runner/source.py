@@ -82,11 +82,11 @@ class SourceFetcher:
         return said.strip()
 
 
-def unpack(archive: Path, folder: Path, max_bytes: int) -> None:
+def unpack(archive: Path, folder: Path, max_bytes: int, max_files: int = MAX_FILES) -> None:
     """Unpacks a tar.gz into an existing folder. Blocks.
 
     Only plain files and folders below it are accepted: no absolute path, no `..`, no link, no device; raises Invalid otherwise,
-    and TooLarge beyond `max_bytes` unpacked or MAX_FILES files.
+    and TooLarge beyond `max_bytes` unpacked or `max_files` files and folders.
     """
     left = max_bytes
     count = 0
@@ -94,8 +94,8 @@ def unpack(archive: Path, folder: Path, max_bytes: int) -> None:
         with tarfile.open(archive, "r|gz") as tar:
             for member in tar:
                 count += 1
-                if count > MAX_FILES:
-                    raise TooLarge(f"the source has more than {MAX_FILES} files")
+                if count > max_files:
+                    raise TooLarge(f"the source has more than {max_files} files")
                 target = folder / _safe(member)
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)

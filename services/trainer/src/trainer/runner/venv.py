@@ -32,9 +32,11 @@ _WAIT_S = 0.2
 # What uv says when an index, not the lock, is at fault.
 _PASSING = ("error sending request", "dns error", "timed out", "timeout", "Connection", "connection", "HTTP status server error", "Network")
 MAX_LOCK_BYTES = 10_000_000
-_LINE = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._, -]*\])?==[A-Za-z0-9.!+_-]+\s*(;[^@#\\]*)?((\s+--hash=sha256:[0-9a-f]{64})*)"
+_REQUIREMENT = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._, -]*\])?==[A-Za-z0-9.!+_-]+"  # name[extra]==version
+    r"(\s*;(?!.*--)[\w\s.<>=!~'\"(),-]*)?"  # ; marker
 )
+_HASH = re.compile(r"[0-9a-f]{64}")
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?==([^\s;\\]+)", re.MULTILINE)
 
 
@@ -85,11 +87,11 @@ def check_lock(lock: bytes) -> None:
         joined += line.removesuffix("\\") + " "
         if line.endswith("\\") and number < len(lines):
             continue
-        match = _LINE.fullmatch(joined.strip())
-        if joined.strip() and not match:
+        requirement, *hashes = re.split(r"\s+--hash=sha256:", joined.strip())
+        if requirement and not (_REQUIREMENT.fullmatch(requirement) and all(map(_HASH.fullmatch, hashes))):
             raise Invalid(f"{LOCK}, line {start}: a pinned package is needed, like name==1.0 --hash=sha256:...")
-        if match and not match[3]:
-            raise Invalid(f"{LOCK}, line {start}: {joined.strip()[:100]} has no hash")
+        if requirement and not hashes:
+            raise Invalid(f"{LOCK}, line {start}: {requirement[:100]} has no hash")
         joined = ""
 
 

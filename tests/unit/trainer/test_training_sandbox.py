@@ -1,0 +1,215 @@
+"""The sandbox, the log, and how an end is judged. The sandbox is made of the kernel's own namespaces: no server is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from trainer.runner import sandbox
+from trainer.runner.attempt import judge
+from trainer.runner.child import Child, output_of
+from trainer.runner.log import Log
+from trainer.runner.sandbox import Command, Ended, Limits
+from trainer.runner.sandbox_init import HOME, SOURCE, WORK
+
+LIMITS = Limits(memory_bytes=512 * 2**20, disk_bytes=8 * 2**20, timeout_s=60)
+ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8"}
+
+
+async def run(tmp_path: Path, *words: str, limits: Limits = LIMITS, **fields: object) -> tuple[Ended, str]:
+    said = bytearray()
+    command = Command(words, ENVIRONMENT, **fields)  # type: ignore[arg-type]  # fields by name
+    ended = await sandbox.run(command, limits, tmp_path / "sandbox", said.extend)
+    return ended, said.decode()
+
+
+def python(program: str) -> list[str]:
+    return [sandbox.BASE_PYTHON, "-I", "-S", "-c", program]
+
+
+async def test_this_machine_can_make_sandboxes() -> None:
+    await sandbox.check()
+
+
+async def test_a_command_sees_its_source_and_may_write_beside_it(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "data.txt").write_text("hello")
+    ended, said = await run(
+        tmp_path, "sh", "-c", f"pwd; cat sub/data.txt; echo; echo x > sub/new; cat sub/new; ls {SOURCE}/sub", source=source
+    )
+    assert (ended.code, said.split()) == (0, [WORK, "hello", "x", "data.txt"])
+    assert not (source / "sub" / "new").exists()
+
+
+async def test_a_command_sees_nothing_of_the_outside(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s3cr3t")
+    os.environ["HEADRACE_TEST_SECRET"] = "s3cr3t"
+    try:
+        program = (
+            f"ls -a / /root /home /tmp 2>/dev/null; cat {secret}; env; cat /proc/*/environ; cat /etc/shadow; ls /proc | grep -c '^[0-9]'"
+        )
+        ended, said = await run(tmp_path, "sh", "-c", program)
+    finally:
+        del os.environ["HEADRACE_TEST_SECRET"]
+    assert "s3cr3t" not in said
+    assert f"cat: {secret}: No such file or directory" in said
+    assert "cat: /etc/shadow: No such file or directory" in said
+    assert f"HOME={HOME}" in said
+    assert int(said.splitlines()[-1]) < 10  # its own processes only
+    assert ended.code == 0
+
+
+@pytest.mark.parametrize("path", ["/usr/x", "/x", "/etc/x", f"{SOURCE}/x", "/sys/x", "/dev/x"])
+async def test_a_command_changes_nothing_outside_its_own_space(tmp_path: Path, path: str) -> None:
+    (tmp_path / "source").mkdir()
+    ended, said = await run(tmp_path, "touch", path, source=tmp_path / "source")
+    assert ended.code == 1
+    assert "Read-only file system" in said or "Permission denied" in said
+
+
+async def test_a_command_has_no_privileges_and_gets_none(tmp_path: Path) -> None:
+    program = (
+        "grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status; mount -t tmpfs none /tmp; cat /proc/1/environ; kill -9 1; echo alive"
+    )
+    _, said = await run(tmp_path, "sh", "-c", program)
+    assert "CapEff:\t0000000000000000" in said
+    assert "CapBnd:\t0000000000000000" in said
+    assert "NoNewPrivs:\t1" in said
+    assert "alive" in said
+    assert said.count("denied") >= 1
+    # Not even by a namespace of its own can it undo what is read-only.
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    ended, said = await run(tmp_path, *namespace, "mount -o remount,rw,bind /usr && touch /usr/x")
+    assert ended.code != 0
+    assert "x" not in os.listdir("/usr")
+
+
+async def test_memory_of_all_processes_together_is_limited(tmp_path: Path) -> None:
+    limits = Limits(memory_bytes=96 * 2**20, disk_bytes=2**20, timeout_s=60)
+    program = "import os, time\nos.fork()\nblock = bytearray(70_000_000)\ntime.sleep(600)"
+    ended, _ = await run(tmp_path, *python(program), limits=limits, visible=sandbox.visible_python(Path(sys.prefix)))
+    assert ended.killed.startswith("out of memory: used ")
+    assert ended.killed.endswith("of 96.0 MiB")
+    assert ended.peak_memory_bytes > 96 * 2**20
+
+
+async def test_a_disk_that_is_full_is_really_full(tmp_path: Path) -> None:
+    ended, said = await run(tmp_path, "sh", "-c", "head -c 20000000 /dev/zero > big; echo code $?; wc -c < big")
+    assert "No space left on device" in said
+    assert int(said.split()[-1]) <= LIMITS.disk_bytes
+    assert ended.full
+
+
+async def test_a_source_that_does_not_fit_is_counted_apart(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "large").write_bytes(bytes(16 * 2**20))
+    ended, said = await run(tmp_path, "sh", "-c", "wc -c < large; head -c 7000000 /dev/zero > more && echo fits", source=source)
+    assert (ended.code, said.split()) == (0, [str(16 * 2**20), "fits"])
+
+
+async def test_time_is_limited(tmp_path: Path) -> None:
+    ended, _ = await run(tmp_path, "sleep", "600", limits=Limits(2**30, 2**20, 0.2))
+    assert ended.killed == "timed out after 0.2 s"
+
+
+async def test_what_a_command_leaves_running_is_gone_with_it(tmp_path: Path) -> None:
+    mark = f"7{os.getpid()}"
+    ended, said = await run(tmp_path, "sh", "-c", f"(setsid sleep {mark} &); sleep 0.1; echo started")
+    assert (ended.code, said) == (0, "started\n")
+    assert not [process for process in psutil.process_iter() if mark in _words(process)]
+
+
+async def test_a_command_that_is_cancelled_is_gone(tmp_path: Path) -> None:
+    mark = f"8{os.getpid()}"
+    running = asyncio.create_task(run(tmp_path, "sleep", mark))
+    async with asyncio.timeout(30):
+        while not any(_words(process)[-2:] == ["sleep", mark] for process in psutil.process_iter()):  # noqa: ASYNC110 - another process's doing
+            await asyncio.sleep(0.05)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not [process for process in psutil.process_iter() if mark in _words(process)]
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+async def test_signals_and_missing_programs_are_told_as_they_are(tmp_path: Path) -> None:
+    ended, _ = await run(tmp_path, "sh", "-c", "kill -SEGV $$")
+    assert ended.code == -signal.SIGSEGV
+    ended, said = await run(tmp_path, "nosuchprogram")
+    assert ended.code == 127
+    assert said.startswith("cannot start nosuchprogram: ")
+
+
+async def test_children_are_seen_to_their_end_many_at_once() -> None:
+    async def one(number: int) -> None:
+        assert await output_of(["sh", "-c", f"echo {number}; exit 3"], ENVIRONMENT, 30) == (3, f"{number}\n")
+
+    await asyncio.gather(*(one(number) for number in range(20)))
+    with pytest.raises(TimeoutError):
+        await output_of(["sleep", "600"], ENVIRONMENT, 0.1)
+    child = Child(["sleep", "600"], captured=False)
+    waiting = [asyncio.create_task(child.wait()) for _ in range(3)]
+    await child.end()
+    assert await asyncio.gather(*waiting) == [-signal.SIGKILL] * 3
+
+
+@pytest.mark.parametrize(
+    ("ended", "tail", "reason", "users_fault"),
+    [
+        (Ended(code=1), "one\ntwo", "exit code 1\none\ntwo", True),
+        (Ended(code=1), "", "exit code 1", True),
+        (Ended(code=-11), "", "killed by SIGSEGV", True),
+        (Ended(code=-9), "", "killed by SIGKILL, perhaps because the machine was out of memory", True),
+        (Ended(code=-9, killed="out of memory: used 2.0 GiB of 1.0 GiB"), "x", "out of memory: used 2.0 GiB of 1.0 GiB\nx", True),
+        (Ended(code=1, full=True), "x", "disk full: no space left of 8.0 MiB\nx", True),
+        (
+            Ended(code=1),
+            "OSError: [Errno 28] No space left on device",
+            "disk full: no space left of 8.0 MiB\nOSError: [Errno 28] No space left on device",
+            True,
+        ),
+        (Ended(error="mount /x: Operation not permitted"), "", "mount /x: Operation not permitted", False),
+        (Ended(error="x", full=True), "", "disk full: 8.0 MiB are too few for the source", True),
+    ],
+)
+def test_an_end_is_judged_with_its_reason(ended: Ended, tail: str, reason: str, users_fault: bool) -> None:
+    outcome = judge(ended, LIMITS, tail)
+    assert (outcome.succeeded, outcome.reason, outcome.users_fault) == (False, reason, users_fault)
+
+
+def test_an_end_that_is_good() -> None:
+    assert judge(Ended(code=0), LIMITS, "x").succeeded
+
+
+def test_a_log_is_cut_at_its_limit_and_remembers_its_last_lines(tmp_path: Path) -> None:
+    log = Log(tmp_path / "a" / "log.txt", max_bytes=10)
+    log.note("begin")
+    for number in range(5_000):
+        log.write(f"line {number}\n".encode())
+    assert log.tail().splitlines() == [f"line {number}" for number in range(4_980, 5_000)]
+    log.close()
+    text = log.file.read_text()
+    assert text.startswith("[headrace] begin\nline 0\nlin\n[headrace] the log is full")
+    assert text.endswith(f"[headrace] {sum(len(f'line {n}') + 1 for n in range(5_000)) - 10} bytes were left out\n")
+    second = Log(log.file, max_bytes=100)
+    second.write(b"\xff\x00 again")
+    assert second.tail() == "\ufffd again"
+    second.forget_tail()
+    assert second.tail() == ""
+    second.copy(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"\xff\x00 again"
+    second.close()
