@@ -46,6 +46,6 @@ protos: setup ## generate libs/contracts from proto/
 	@scripts/gen_protos
 
 .PHONY: clean
-clean: ## stop the local stack and remove what it stored (downloads in .cache stay)
-	@if [ -x .venv/bin/headrace ]; then .venv/bin/headrace down; fi
+clean: ## stop the local stack, and that of a kept demo, and remove what it stored (downloads in .cache stay)
+	@if [ -x .venv/bin/headrace ]; then .venv/bin/headrace down --state-dir .headrace && .venv/bin/headrace down --state-dir .headrace/demo; fi
 	@rm -rf .headrace

@@ -127,6 +127,11 @@ def run(state_dir: Path, *, keep: bool) -> None:
             expect(
                 third["state"] == "failed", f"the evaluator must stop the overfit challenger, but it is {third['state']}: {third['detail']}"
             )
+            judged = client.get(f"/api/v1/evaluations/{third['evaluation_id']}")["evaluation"]["judgement"]
+            expect(
+                judged is not None and any(not gate["passed"] for gate in judged["gates"]),
+                f"a gate must stop the overfit challenger, not a failure to evaluate: {third['detail']}",
+            )
             notes.append(third["detail"])
         with story.chapter("a version that passes evaluation and breaks in serving") as notes:
             fourth = train(client, "fragile", ["--variant=fragile"])
@@ -161,7 +166,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
             f"Look deeper: {where}.venv/bin/headrace trace {request_id}      (stop: {where}.venv/bin/headrace down)", soft_wrap=True
         )
     else:
-        console.print("Look deeper: make demo ARGS=--keep leaves everything running; then `.venv/bin/headrace trace REQUEST_ID`.")
+        console.print("Look deeper: make demo ARGS=--keep leaves everything running, and ends with the command.")
 
 
 def prepare_data(state_dir: Path) -> dict[str, Path]:

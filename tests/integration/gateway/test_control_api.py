@@ -264,6 +264,32 @@ async def test_a_journey_is_told_by_whoever_knows_it_best(api: httpx.AsyncClient
     assert (await api.get("/api/v1/deliveries/d/journeys")).json()["journeys"][0]["detail"] == "5 % of the traffic"
 
 
+class Spans:
+    """A span source that knows one trace, of a run that became nothing."""
+
+    async def find(self, name: str, value: str) -> dict[str, Any]:
+        known = name == "run_id" and value == "c" * 32
+        return {"spans": [{"attributes": {}}] if known else [], "tree": [{"service": "tracker"}] if known else []}
+
+
+@pytest.mark.parametrize(("roles", "run_id", "status"), [({"viewer"}, None, 200), (set(), None, 403), (set(), "c" * 32, 403)])
+async def test_spans_are_for_those_who_have_a_role(services: Services, roles: set[str], run_id: str | None, status: int) -> None:
+    """Also those of a run that became no version; not for a key that is for inference alone, nor for a run's token."""
+    settings = ServiceSettings(service_token=TOKEN)
+    evaluator = (evaluator_grpc.add_EvaluatorServiceServicer_to_server, services.evaluator)
+    async with serving({"headrace.evaluator.v1.EvaluatorService": evaluator}) as address:
+        channels = {name: rpc.channel(address, settings) for name in ("tracker", "trainer", "evaluator", "registry", "deployer")}
+        caller = Caller("gateway", "somebody", frozenset(roles), run_id)
+        transport = httpx.ASGITransport(create_app(connect(channels), lambda _: caller, Spans()), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers={"x-api-key": "any"}) as client:
+            answer = await client.get(f"/api/v1/traces/{'c' * 32}")
+        for channel in channels.values():
+            await channel.close()
+    assert answer.status_code == status
+    if status == 200:
+        assert answer.json()["tree"] == [{"service": "tracker"}]
+
+
 async def test_the_api_describes_itself_to_anybody(api: httpx.AsyncClient) -> None:
     described = (await api.get("/api/v1/openapi.json", headers={"authorization": ""})).json()
     answer = described["paths"]["/api/v1/rollouts/{rollout_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]

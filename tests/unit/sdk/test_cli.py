@@ -12,6 +12,9 @@ import pytest
 import typer
 from headrace.cli import training
 from headrace.cli.app import app, main
+from headrace.cli.output import fail, table
+from headrace.config import NotConfigured, connection
+from headrace.http import InvalidInput
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
@@ -63,6 +66,37 @@ def test_a_server_that_does_not_answer_is_exit_code_3(monkeypatch: pytest.Monkey
     monkeypatch.setattr("headrace.http.time.sleep", lambda _: None)
     assert run(monkeypatch, "models") == 3
     assert "does not answer" in capsys.readouterr().err
+
+
+def test_what_is_in_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    fail(InvalidInput("params['lr'] and [red] and [/red] never change"), as_json=False)
+    table(["reason"], [["steps[last] is [bold]"]])
+    told = capsys.readouterr()
+    assert "params['lr'] and [red] and [/red] never change" in told.err
+    assert "steps[last] is [bold]" in told.out
+
+
+def test_the_local_stacks_key_is_sent_to_the_local_stack_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = tmp_path / ".headrace"
+    (state / "secrets").mkdir(parents=True)
+    (state / "stack.json").write_text('{"gateway_url": "http://127.0.0.1:8080"}')
+    (state / "secrets" / "admin-key").write_text("hr_local")
+    assert connection().token == "hr_local"
+    monkeypatch.setenv("HEADRACE_URL", "http://127.0.0.1:8080/")
+    assert connection().token == "hr_local"
+    monkeypatch.setenv("HEADRACE_URL", "https://elsewhere.example")
+    with pytest.raises(NotConfigured, match=r"no key for https://elsewhere\.example"):
+        connection()
+
+
+@pytest.mark.parametrize("command", ["python train.py", '"python"', "[1]"])
+def test_a_command_that_is_no_list_of_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "delivery.yaml"
+    file.write_text("metadata: {name: d}")
+    assert run(monkeypatch, "run", "-f", str(file), "--command", command) == 2
+    assert "must be a JSON list of words" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,21 +39,29 @@ def state_dir(start: Path | None = None) -> Path:
 def connection() -> Connection:
     """The connection to use. HEADRACE_URL with HEADRACE_TOKEN or HEADRACE_API_KEY wins over the local stack.
 
+    The local stack's own key is for the local stack alone: it is never sent to a HEADRACE_URL that names another gateway.
     Raises NotConfigured with what to do when there is neither.
     """
-    url = os.environ.get("HEADRACE_URL", "")
+    url = os.environ.get("HEADRACE_URL", "").rstrip("/")
     token = os.environ.get("HEADRACE_TOKEN") or os.environ.get("HEADRACE_API_KEY") or ""
     folder = state_dir()
-    if not url:
-        try:
-            url = str(json.loads((folder / "stack.json").read_text())["gateway_url"])
-        except (OSError, ValueError, KeyError):
-            raise NotConfigured(
-                "no gateway is configured: set HEADRACE_URL and HEADRACE_API_KEY, or start a local one with `headrace up`"
-            ) from None
+    local = _local_url(folder)
+    if not url and not local:
+        raise NotConfigured("no gateway is configured: set HEADRACE_URL and HEADRACE_API_KEY, or start a local one with `headrace up`")
+    url = url or local
     if not token:
+        if url != local:
+            raise NotConfigured(f"no key for {url}: set HEADRACE_API_KEY")
         try:
             token = (folder / "secrets" / "admin-key").read_text().strip()
         except OSError:
             raise NotConfigured(f"no key for {url}: set HEADRACE_API_KEY") from None
-    return Connection(url.rstrip("/"), token)
+    return Connection(url, token)
+
+
+def _local_url(folder: Path) -> str:
+    """The URL of the local stack's gateway; empty when there is no stack."""
+    try:
+        return str(json.loads((folder / "stack.json").read_text())["gateway_url"]).rstrip("/")
+    except (OSError, ValueError, KeyError):
+        return ""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from enum import Enum
-from typing import Any
+from itertools import accumulate
+from typing import Any, Final
 
 SERVER_METADATA = b'{"name":"headrace","version":"0.1.0","extensions":[]}'
 
@@ -38,15 +39,6 @@ def model_paths(endpoint: str) -> dict[bytes, Op]:
     """The public paths of one endpoint. Its name must have passed `routes.NAME`."""
     base = b"/v2/models/" + endpoint.encode("ascii")
     return {base: Op.MODEL, base + b"/ready": Op.MODEL_READY, base + b"/infer": Op.INFER}
-
-
-_ENDPOINT_PATH = re.compile(rb"/v2/models/([A-Za-z0-9._-]{1,128})(?:/ready|/infer)?")
-
-
-def names_endpoint(path: bytes) -> bytes | None:
-    """The name in a path that would be public if an endpoint of that name existed, else None."""
-    match = _ENDPOINT_PATH.fullmatch(path)
-    return match[1] if match else None
 
 
 def is_data_path(path: bytes) -> bool:
@@ -109,6 +101,31 @@ _UNKNOWN_MODEL = re.compile(rb'\s*\{\s*"error"\s*:\s*"Request for unknown model:
 def is_unknown_model(body: bytes) -> bool:
     """Whether a runtime's error says that it does not have the model: the gateway's route is at fault, not the request."""
     return _UNKNOWN_MODEL.match(body) is not None
+
+
+HARMLESS: Final = 2_000
+"""Brackets that a body may have, and so bytes, before anybody asks how deep they nest. Triton's parser recurses: some 30,000 levels
+overflow its stack, and that is the end of the process and of every model in it."""
+
+MAX_DEPTH: Final = 64
+"""Levels of JSON in a longer body; a tensor has few dimensions."""
+
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_AS_LISTS = bytes.maketrans(b"{}", b"[]")
+_STEP = [0] * 256
+_STEP[ord("[")], _STEP[ord("]")] = 1, -1
+
+
+def too_deep(body: bytes) -> bool:
+    """Whether the JSON is nested so deep that it could be the end of the runtime that reads it; it need not be well formed.
+
+    Up to its first mistake, where a parser ends as well, the text is read as JSON. Takes some 50 ns per bracket.
+    """
+    if body.count(b"[") + body.count(b"{") <= HARMLESS:
+        return False
+    texts_begin_and_end = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = b"".join(texts_begin_and_end.split(b'"')[::2]).translate(_AS_LISTS, _NO_BRACKETS)
+    return b"[" * (MAX_DEPTH + 1) in brackets or max(accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH
 
 
 FLOATS = frozenset({"FP16", "FP32", "FP64", "BF16"})

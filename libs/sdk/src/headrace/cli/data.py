@@ -1,4 +1,4 @@
-"""headrace data push|list: versioned data sets."""
+"""headrace data push|pull|list: versioned data sets."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def apply(
 
 
 def delete(name: Annotated[str, typer.Argument(help="The delivery.")], json: JsonFlag = False) -> None:
-    """Undo apply: give the names back that the delivery claims. What serves stays."""
+    """Undo apply: withdraw the endpoint and free the names that the delivery claims. The model and its versions stay."""
     with Client() as client:
         client.delete(f"/api/v1/deliveries/{name}")
     print_json({"deleted": name}) if json else console.print(f"{name}: deleted")

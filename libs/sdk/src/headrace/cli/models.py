@@ -55,7 +55,9 @@ def promote(
     """Send a version to production by hand, through the same gates."""
     with Client() as client:
         answer = client.post(f"/api/v1/models/{name}/versions/{version}/promote", {"reason": reason, "override": override})
-    print_json(answer) if json else console.print(f"{name} v{version}: {answer['version']['stage']}, {answer['version']['reason']}")
+    print_json(answer) if json else console.print(
+        f"{name} v{version}: {answer['version']['stage']}, {answer['version']['reason']}", markup=False
+    )
 
 
 def stage(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from headrace.http import HeadraceError, InvalidInput
 
@@ -30,7 +31,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str |
     grid = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     count = 0
     for row in rows:
-        grid.add_row(*("" if cell is None else str(cell) for cell in row))
+        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))  # not str: what is in brackets would be read as markup
         count += 1
     if count:
         console.print(grid)
@@ -44,7 +45,7 @@ def fail(error: HeadraceError, *, as_json: bool) -> None:
     if as_json:
         print_json({"error": {"message": str(error), "violations": list(violations)}})
         return
-    errors.print(f"[bold red]error[/]: {error}", markup=True)
+    errors.print(Text.assemble(("error", "bold red"), f": {error}"))
     for violation in violations:
         line = f"line {violation['line']}: " if violation.get("line") else ""
         errors.print(f"  {line}{violation.get('field', '')}: {violation.get('message', '')}", markup=False)

@@ -49,7 +49,7 @@ def run(
     path = train.get("source", {}).get("path")
     folder = source or (_find_source(file, path) if path else None)
     body: Json = {"delivery": delivery["metadata"]["name"], "seed": seed, "run_name": name, "request_id": str(uuid.uuid4())}
-    words = jsonlib.loads(command) if command else list(train.get("command") or [])
+    words = _words(command) if command else list(train.get("command") or [])
     body["command"] = [*words, *(extra or [])]
     with Client() as client:
         if folder is not None:
@@ -101,6 +101,16 @@ def cancel(training_id: Annotated[str, typer.Argument(help="The training.")], js
     with Client() as client:
         training = client.post(f"/api/v1/trainings/{training_id}/cancel", repeatable=True)["training"]
     print_json(training) if json else console.print(f"training {training_id}: {training['status']}")
+
+
+def _words(command: str) -> list[str]:
+    try:
+        words = jsonlib.loads(command)
+    except ValueError:
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise InvalidInput(f"""--command must be a JSON list of words, like '["python", "train.py"]', not {command}""")
+    return words
 
 
 def _delivery(file: Path) -> Json:

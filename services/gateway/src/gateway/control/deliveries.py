@@ -46,8 +46,9 @@ async def delete_delivery(name: str, peers: PeersOf) -> Json:
 async def journeys(name: str, peers: PeersOf, run_id: str = "", limit: int = 20) -> Json:
     """Where the delivery's runs are on their way to production, newest first.
 
-    `state` is training, finished, evaluating, failed, skipped, registering, awaiting_approval, rejected, promoted, or the state
-    of the rollout: preparing, warming, shadowing, stepping, completing, completed, aborting, rolled_back, superseded, reverting, reverted.
+    `state` is training, finished, evaluating, failed, skipped, registering, awaiting_approval, rejected, promoted, archived, or the
+    state of the rollout: waiting, preparing, warming, shadowing, stepping, completing, completed, aborting, rolled_back, superseded,
+    reverting, reverted.
     """
     delivery = (await peers.registry.GetDelivery(pb.GetDeliveryRequest(name=name))).delivery
     request = evaluator_pb.ListEvaluationsRequest(delivery=name, run_id=run_id, page_size=limit)

@@ -8,6 +8,7 @@ import httpx
 from contracts.evaluator.v1 import service_pb2 as evaluator_pb
 from contracts.registry.v1 import service_pb2 as registry_pb
 from fastapi import APIRouter, Request
+from servicekit.access import current_caller, require_role
 from servicekit.errors import Invalid, NotFound, Unavailable
 
 from gateway.control.lineage import lineage_of
@@ -23,6 +24,9 @@ ENDPOINT = "headrace.endpoint"
 ARM = "headrace.arm"
 MODEL = "headrace.model"
 VERSION = "headrace.model_version"
+
+READERS = ("viewer", "editor", "approver", "admin")
+"""Spans are asked of no service that would check it: a key that is for inference alone, or a run's token, sees none."""
 
 NOT_KEPT = (
     "no span of this is kept: the id is unknown, it was not sampled (HEADRACE_TRACE_SAMPLE_RATIO; errors always are), it is too old, "
@@ -63,15 +67,15 @@ async def get_trace(id: str, request: Request, peers: PeersOf) -> Json:
     """By a request's id (X-Request-Id), a run's id, or a trace id: `tree` of spans, and `lineage` back to data and commit."""
     if not id.isascii() or len(id) > 128:
         raise Invalid("an id has at most 128 characters")
+    require_role(current_caller(), *READERS)
     source = cast("SpanSource | None", request.app.state.spans)
     lineage = await _lineage_of_run(peers, id)
     if source is None:
         if lineage is None:
             raise NotFound(NO_SOURCE)
         return {"id": id, "lineage": lineage, "tree": [], "note": NO_SOURCE}
-    names = ("run_id", "request_id", "trace_id") if lineage else ("request_id", "trace_id")
     found: Json = {"spans": [], "tree": []}
-    for name in names:
+    for name in ("run_id", "request_id", "trace_id"):
         found = await source.find(name, id)
         if found["spans"]:
             break

@@ -25,7 +25,7 @@ from registry.domain.events import (
     ModelRegistered,
     VersionRef,
 )
-from registry.domain.versions import Journey, Judgement, Stage, Version
+from registry.domain.versions import Judgement, Stage, Version
 
 CHAMPION = "champion"
 """The alias of the version in production; nobody sets it but a rollout that completed."""
@@ -445,11 +445,6 @@ class Model:
     def _decide(self, before: Approval, after: Approval, action: str, by: By) -> None:
         self.approvals[after.approval_id] = after
         self.audits.append(Audit(by.at, by.actor, action, f"approval/{after.approval_id}", _votes(before), _votes(after), by.reason))
-
-
-def journey_of(model: Model, number: int) -> Journey:
-    """The journey of a version that was loaded: by it the policy is found. Raises Missing."""
-    return model.version(number).journey
 
 
 def _shown(version: Version | None) -> dict[str, Any]:

@@ -26,7 +26,6 @@ EVENT_BUDGET = 500_000
 
 _INT64 = range(-(2**63), 2**63)
 _KEY = re.compile(r"[\w.\-/ :()%@=+,#\[\]]+")
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Status(StrEnum):
@@ -268,12 +267,6 @@ def check_name(where: str, name: str, *, required: bool = True) -> list[Problem]
         return [Problem(where, "a name is needed")]
     wrong = check_text(name, MAX_NAME)
     return [Problem(where, wrong)] if wrong else []
-
-
-def check_run_id(run_id: str) -> None:
-    """Raises Rejected unless it is written like a run id."""
-    if not _RUN_ID.fullmatch(run_id):
-        raise Rejected([Problem("run_id", "32 lower-case hexadecimal digits")])
 
 
 def check_start(

@@ -35,7 +35,7 @@ class _EndCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndCause.Val
     """The runtime refused, lost or restarted the version."""
     END_CAUSE_OPERATOR: _EndCause.ValueType  # 4
     END_CAUSE_INTERFERENCE: _EndCause.ValueType  # 5
-    """The baseline suffered too."""
+    """The baseline suffered too, or the endpoint as a whole was bad and the canary not shown to be the reason."""
     END_CAUSE_ARTIFACT: _EndCause.ValueType  # 6
     """The artifact is missing or its hash is wrong."""
     END_CAUSE_SUPERSEDED: _EndCause.ValueType  # 7
@@ -51,7 +51,7 @@ END_CAUSE_RUNTIME: EndCause.ValueType  # 3
 """The runtime refused, lost or restarted the version."""
 END_CAUSE_OPERATOR: EndCause.ValueType  # 4
 END_CAUSE_INTERFERENCE: EndCause.ValueType  # 5
-"""The baseline suffered too."""
+"""The baseline suffered too, or the endpoint as a whole was bad and the canary not shown to be the reason."""
 END_CAUSE_ARTIFACT: EndCause.ValueType  # 6
 """The artifact is missing or its hash is wrong."""
 END_CAUSE_SUPERSEDED: EndCause.ValueType  # 7

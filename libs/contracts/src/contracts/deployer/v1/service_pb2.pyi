@@ -71,6 +71,7 @@ class GuardEvidence(_message.Message):
     no_harm_wealth: _builtins.float
     """Wealth of the bet that it is not worse by the margin."""
     canary_requests: _builtins.int
+    """Units of evidence: requests, or callers where callers are assigned."""
     baseline_requests: _builtins.int
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Rollout(_message.Message):
     SHADOW_COMPARED_FIELD_NUMBER: _builtins.int
     SHADOW_DIFFERENT_FIELD_NUMBER: _builtins.int
     state: _builtins.str
-    """preparing, warming, shadowing, stepping, completing, completed, aborting, rolled_back, reverting, reverted, superseded."""
+    """waiting, preparing, warming, shadowing, stepping, completing, completed, aborting, rolled_back, reverting, reverted, superseded."""
     step: _builtins.int
     weight_bps: _builtins.int
     paused: _builtins.bool

@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ArmWindow(_message.Message):
-    """Requests that one arm was assigned in one window, by arrival."""
+    """What one arm was assigned in one window, by arrival."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -54,6 +54,7 @@ class ArmWindow(_message.Message):
     SHADOW_ERRORS_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     requests: _builtins.int
+    """Units: requests, or in a rollout of a route that assigns by caller, callers: each once per rollout and arm."""
     errors: _builtins.int
     fallbacks: _builtins.int
     """Answered by another arm in its place."""
@@ -65,7 +66,7 @@ class ArmWindow(_message.Message):
     shadow_errors: _builtins.int
     @_builtins.property
     def bad(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Bad requests, by guard id. Shadow arms have none."""
+        """Bad units, by guard id. Shadow arms have none."""
 
     @_builtins.property
     def latency_buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

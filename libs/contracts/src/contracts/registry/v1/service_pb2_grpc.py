@@ -131,7 +131,7 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDelivery(self, request, context):
-        """Gives the claims back. Repeatable.
+        """Frees what the delivery claims; its endpoint is withdrawn, its model and versions stay. Repeatable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

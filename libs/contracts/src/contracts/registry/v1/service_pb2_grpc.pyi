@@ -38,7 +38,7 @@ class RegistryServiceStub:
     ListDeliveries: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDeliveriesRequest, _service_pb2.ListDeliveriesResponse]
     """Idempotent."""
     DeleteDelivery: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteDeliveryRequest, _service_pb2.DeleteDeliveryResponse]
-    """Gives the claims back. Repeatable."""
+    """Frees what the delivery claims; its endpoint is withdrawn, its model and versions stay. Repeatable."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListModelsRequest, _service_pb2.ListModelsResponse]
     """Idempotent."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListVersionsRequest, _service_pb2.ListVersionsResponse]
@@ -70,7 +70,7 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     ListDeliveries: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDeliveriesRequest, _service_pb2.ListDeliveriesResponse]  # type: ignore[assignment]
     """Idempotent."""
     DeleteDelivery: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteDeliveryRequest, _service_pb2.DeleteDeliveryResponse]  # type: ignore[assignment]
-    """Gives the claims back. Repeatable."""
+    """Frees what the delivery claims; its endpoint is withdrawn, its model and versions stay. Repeatable."""
     ListModels: _aio.UnaryUnaryMultiCallable[_service_pb2.ListModelsRequest, _service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Idempotent."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_service_pb2.ListVersionsRequest, _service_pb2.ListVersionsResponse]  # type: ignore[assignment]
@@ -123,7 +123,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.DeleteDeliveryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.DeleteDeliveryResponse, _abc.Awaitable[_service_pb2.DeleteDeliveryResponse]]:
-        """Gives the claims back. Repeatable."""
+        """Frees what the delivery claims; its endpoint is withdrawn, its model and versions stay. Repeatable."""
 
     @_abc_1.abstractmethod
     def ListModels(
