@@ -1,0 +1,106 @@
+"""Deliveries: their train sections are validated for the registry, kept by the highest revision, and trained from."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from contracts.registry.v1 import events_pb2 as registry_events
+from contracts.registry.v1 import service_pb2 as registry_pb2
+from contracts.trainer.v1 import service_pb2 as pb
+from eventing import topics
+from eventing.broker import Record
+from eventing.envelope import Event, encode_headers
+from eventing.kafka import KafkaBroker
+from servicekit import rpc
+from servicekit.access import Caller
+from servicekit.errors import Forbidden, Invalid, NotFound
+
+ADA = Caller("gateway", "ada", frozenset({"editor"}))
+SECTION = {
+    "source": {"path": "examples/flights"},
+    "command": ["python", "train.py"],
+    "environment": {"MODE": "slow", "KEPT": "yes"},
+    "resources": {"memory": "256MiB", "disk": "64MiB", "timeout": "2m"},
+    "seed": 11,
+}
+
+
+async def publish(stack: Any, *messages: registry_events.DeliveryApplied | bytes) -> None:
+    """Puts records on headrace.deliveries, as the registry's relay does."""
+    prefix = stack.environment["HEADRACE_TOPIC_PREFIX"]
+    broker = KafkaBroker(stack.environment["HEADRACE_KAFKA_BOOTSTRAP"], "test")
+    await topics.ensure_topics(broker, prefix)
+    producer = broker.producer()
+    await producer.start()
+    try:
+        for message in messages:
+            payload = message if isinstance(message, bytes) else message.SerializeToString()
+            name = "broken" if isinstance(message, bytes) else message.name
+            event = Event("delivery.applied", topics.DELIVERIES, name, 1, payload, uuid4(), datetime.now(UTC))
+            record = Record(prefix + topics.DELIVERIES, name.encode(), payload, encode_headers(event, "/headrace/registry"), 0)
+            assert await producer.send([record]) == [None]
+    finally:
+        await producer.stop()
+        await broker.close()
+
+
+def applied(revision: int, *, name: str = "flight-delays", deleted: bool = False, **changes: Any) -> registry_events.DeliveryApplied:
+    section = json.dumps({**SECTION, **changes})
+    return registry_events.DeliveryApplied(name=name, revision=revision, deleted=deleted, train_json=section, experiment="flights")
+
+
+async def until_revision(stack: Any, revision: int, name: str = "flight-delays") -> None:
+    async with asyncio.timeout(60):
+        while True:
+            rows = await stack.rows("SELECT revision FROM trainer.delivery WHERE name = :name", name=name)
+            if rows and rows[0].revision == revision:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_a_delivery_fills_what_a_request_leaves_out_by_its_highest_revision(stack: Any) -> None:
+    await stack.start_trainer()
+    # The highest revision counts, whatever comes last; what cannot be read is passed over.
+    await publish(stack, applied(1, seed=1), applied(3), applied(2, seed=2), b"\xff\xff", applied(1, name="last"))
+    await until_revision(stack, 1, "last")
+    await until_revision(stack, 3)
+    with rpc.acting_for(ADA), pytest.raises(Invalid, match="must be uploaded"):
+        await stack.trainer.SubmitTraining(pb.SubmitTrainingRequest(delivery="flight-delays"))
+    script = "import os, sys; print(os.environ['MODE'], os.environ['KEPT'], os.environ['HEADRACE_SEED'], sys.argv)"
+    source = await stack.upload({"train.py": script})
+    training = await stack.submit("", source=source, delivery="flight-delays", command=[], environment={"MODE": "fast"})
+    assert (training.experiment, training.seed, list(training.command)) == ("flights", 11, ["python", "train.py"])
+    assert (training.resources.memory_bytes, training.resources.disk_bytes) == (256 * 2**20, 64 * 2**20)
+    assert (training.resources.timeout_seconds, training.resources.processes) == (120, 1)
+    ended = await stack.ended(training.training_id)
+    assert ended.status == "succeeded"
+    assert "fast yes 11 ['train.py']" in await stack.log(training.training_id)
+    run = await stack.run(ended.run_id)
+    assert run.tags["headrace.delivery"] == "flight-delays"
+
+    await publish(stack, applied(4, deleted=True))
+    await until_revision(stack, 4)
+    with rpc.acting_for(ADA), pytest.raises(NotFound):
+        await stack.trainer.SubmitTraining(pb.SubmitTrainingRequest(delivery="flight-delays", source=source))
+
+
+async def test_the_registry_has_sections_validated(stack: Any) -> None:
+    await stack.start_trainer(HEADRACE_MAX_MEMORY_BYTES=str(2**30))
+
+    async def violations(section: Any) -> list[str]:
+        request = registry_pb2.ValidateSectionRequest(delivery="d", section="train", section_json=json.dumps(section))
+        return [violation.field for violation in (await stack.sections.ValidateSection(request)).violations]
+
+    assert await violations(SECTION) == []
+    assert await violations({**SECTION, "command": "python train.py", "seed": -1}) == ["train.command", "train.seed"]
+    assert await violations({**SECTION, "resources": {"memory": "2GiB"}}) == ["train.resources.memory"]
+    with pytest.raises(Invalid):
+        await stack.sections.ValidateSection(registry_pb2.ValidateSectionRequest(section="serve", section_json="{}"))
+    stub = type(stack.sections)(stack.channel_to(await stack.started[0].port(), "gateway"))
+    with rpc.acting_for(ADA), pytest.raises(Forbidden):
+        await stub.ValidateSection(registry_pb2.ValidateSectionRequest(section="train", section_json="{}"))
