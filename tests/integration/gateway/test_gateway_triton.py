@@ -197,6 +197,8 @@ BAD = {
     "an id that is no text": {**body(), "id": {}},
     "a fraction in an integer": body(1.5, datatype="INT32"),
     "parameters that are none": {**body(), "parameters": []},
+    "deeper than a parser's stack": b"[" * 1_000_000,
+    "a tensor deeper than a parser's stack": json.dumps(body()).replace("2.0", "[" * 200_000 + "2.0" + "]" * 200_000).encode(),
 }
 
 

@@ -303,6 +303,17 @@ async def test_bodies_beyond_the_limit_are_refused_by_their_length_and_by_their_
     assert (await client.infer(b"[" + b" " * 998 + b"]")).status == 200
 
 
+async def test_json_that_could_overflow_a_runtimes_stack_does_not_reach_it(gateway: Gateway, runtime: Runtime) -> None:
+    client = await gateway.connect()
+    reply = await client.infer(b"[" * 100_000)
+    assert (reply.status, reply.json) == (400, {"error": "the body is nested more than 64 deep"})
+    assert (runtime.seen, gateway.totals()["v1-g1"]["requests"]) == ([], 0)
+    binary = infer_body(1.0)
+    assert (await client.infer(binary + b"[" * 100_000, inference_header_content_length=str(len(binary)))).status == 200
+    flat = infer_body(1.0)[:-1] + b',"parameters":{"rows":[' + b",".join([b"[[1]]"] * 5000) + b"]}}"
+    assert (await client.infer(flat)).status == 200
+
+
 async def test_chunked_bodies_reach_the_runtime_whole(gateway: Gateway, runtime: Runtime) -> None:
     client = await gateway.connect()
     body = infer_body(7.0)

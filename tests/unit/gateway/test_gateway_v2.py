@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from gateway import kv2
 from gateway.compare import Incomparable, differs, first_row_value
-from gateway.kv2 import Op, fault, flatten, is_unknown_model, name_span
+from gateway.kv2 import Op, fault, flatten, is_unknown_model, name_span, too_deep
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,8 +45,40 @@ def test_the_callers_own_text_is_not_taken_for_the_name() -> None:
     assert body[slice(*span)] == b"real"
 
 
+def depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+
+@given(JSON, st.integers(1, 6), st.booleans())
+def test_depth_is_counted_as_a_json_reader_counts_it(value: Any, most: int, ascii: bool) -> None:
+    body = json.dumps(value, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv2, "HARMLESS", 0)
+        patch.setattr(kv2, "MAX_DEPTH", most)
+        assert too_deep(body) == (depth(value) > most)
+
+
+@pytest.mark.parametrize(
+    ("body", "deep"),
+    [
+        (b"[" * 3000, True),
+        (b'{"a":[1,' * 3000, True),
+        (b"[" * 65 + b"[]," * 3000, True),
+        (b"[" * 63 + b"[]," * 3000, False),
+        (b'["' + b"[" * 3000 + b'"]', False),
+        (rb'["\"' + b"[" * 3000 + b'"]', False),
+        (rb'["\\",' + b"[" * 3000, True),
+        (b"[" * 2000, False),  # so few hurt nobody
+    ],
+)
+def test_what_would_overflow_a_parsers_stack_is_found(body: bytes, deep: bool) -> None:
+    assert too_deep(body) is deep
+
+
 @given(st.binary())
 def test_any_bytes_can_be_looked_at(body: bytes) -> None:
+    too_deep(body * 2000)
     name_span(body)
     fault(body)
     is_unknown_model(body)

@@ -169,6 +169,8 @@ class Exchange:
         route = endpoint.route
         if route is None:
             raise _unknown(endpoint.name)
+        if len(self.body) > kv2.HARMLESS and kv2.too_deep(bytes(self.body[: self.json_length])):
+            raise Refusal(400, f"the body is nested more than {kv2.MAX_DEPTH} deep")
         self.route = route
         now = monotonic()
         if self.override is None:
