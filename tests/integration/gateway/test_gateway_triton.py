@@ -197,6 +197,11 @@ BAD = {
     "an id that is no text": {**body(), "id": {}},
     "a fraction in an integer": body(1.5, datatype="INT32"),
     "parameters that are none": {**body(), "parameters": []},
+    "a parameter of another type": {**body(), "parameters": {"priority": -1}},
+    "a parameter of an output of another type": {**body(), "outputs": [{"name": "score", "parameters": {"classification": "a"}}]},
+    "shared memory": {**body(), "outputs": [{"name": "score", "parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 4}}]},
+    "a number too large": json.dumps(body()).replace("2.0", "1e999").encode(),
+    "half a surrogate pair": {**body(), "id": "\ud800"},
     "deeper than a parser's stack": b"[" * 1_000_000,
     "a tensor deeper than a parser's stack": json.dumps(body()).replace("2.0", "[" * 200_000 + "2.0" + "]" * 200_000).encode(),
 }

@@ -264,6 +264,7 @@ async def test_a_request_that_the_runtime_refuses_is_the_callers_fault(gateway: 
         (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[2],"data":[1]}]}', "1 elements"),
         (b'{"inputs":[{"name":"x","datatype":"FLOAT","shape":[1],"data":[1]}]}', "datatype"),
         (b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[1],"data":[1]}]}', "BYTES"),
+        (infer_body(parameters={"priority": -1}), "priority"),
     ],
 )  # fmt: skip
 async def test_a_500_for_a_malformed_request_becomes_a_400(gateway: Gateway, runtime: Runtime, body: bytes, says: str) -> None:
@@ -274,6 +275,14 @@ async def test_a_500_for_a_malformed_request_becomes_a_400(gateway: Gateway, run
     assert says in reply.json["error"]
     total = gateway.totals()["v1-g1"]
     assert (total["requests"], total["errors"]) == (0, 0)
+
+
+async def test_shared_memory_that_the_runtime_does_not_find_is_the_callers_fault(gateway: Gateway, runtime: Runtime) -> None:
+    runtime.behave = lambda seen: Answer(404, b'{"error":"Unable to find shared memory region: \'r\'"}')
+    output = {"name": "p", "parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 4}}
+    reply = await (await gateway.connect()).infer(infer_body(outputs=[output]))
+    assert (reply.status, reply.json) == (400, {"error": "shared memory is not spoken here"})
+    assert (gateway.totals()["v1-g1"]["requests"], len(runtime.seen)) == (0, 1)
 
 
 async def test_a_500_for_a_good_request_is_the_arms(gateway: Gateway, runtime: Runtime) -> None:

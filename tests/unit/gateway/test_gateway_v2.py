@@ -113,6 +113,7 @@ def tensor(data: list[Any], datatype: Any = "FP32", **more: Any) -> dict[str, An
     [
         [tensor([1, 2.5])], [tensor(["a"], "BYTES")], [tensor([True], "BOOL")], [tensor([[1], [2]])],
         [{"name": "x", "datatype": "FP32", "shape": [4], "parameters": {"binary_data_size": 16}}], [tensor([], "INT64")],
+        [tensor([float("nan"), float("inf")])], [tensor(["\U0001f600"], "BYTES")],
     ],
 )  # fmt: skip
 def test_a_well_formed_request_has_no_fault(inputs: list[Any]) -> None:
@@ -125,10 +126,37 @@ def test_a_well_formed_request_has_no_fault(inputs: list[Any]) -> None:
         [], "x", [1], [{}], [tensor([None])], [tensor(["a"])], [tensor([1], "BYTES")], [tensor([1], "FLOAT32")], [tensor([1], shape=[2])],
         [tensor([1.5], "INT64")], [tensor([300], "UINT8")], [tensor([-1], "UINT64")], [tensor([1], parameters=[])],
         [tensor([1], shape=[-1])], [tensor([1], shape="1")], [tensor([1], datatype=None)], [{**tensor([1]), "data": 1}], [tensor([True])],
+        [tensor([10**400])], [tensor(["\ud800"], "BYTES")], [tensor([1], parameters={"shared_memory_region": "r"})],
     ],
 )  # fmt: skip
 def test_a_malformed_request_has_one(inputs: Any) -> None:
     assert fault(json.dumps({"inputs": inputs}).encode())
+
+
+def test_a_number_beyond_every_float_is_a_fault_and_infinity_is_none() -> None:
+    body = json.dumps({"inputs": [tensor([0])]})
+    assert fault(body.replace("[0]", "[1e999]").encode())
+    assert fault(body.replace("[0]", "[-Infinity]").encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wrong"),
+    [
+        ({"priority": 1, "timeout": 0, "sequence_id": "s", "sequence_start": True, "binary_data_output": False, "mine": None}, False),
+        ({"sequence_id": 7}, False),
+        *(({name: value}, True) for name in ("priority", "timeout", "classification") for value in (-1, 1.5, "1", None, True, 1 << 64)),
+        *(({name: value}, True) for name in ("sequence_start", "binary_data", "binary_data_output") for value in (1, "true", None)),
+        *(({"sequence_id": value}, True) for value in (-1, 1.5, None, True)),
+        ({"shared_memory_region": "r", "shared_memory_byte_size": 4}, True),
+    ],
+)
+def test_parameters_that_the_runtime_gives_a_meaning_have_its_type(parameters: dict[str, Any], wrong: bool) -> None:
+    places: list[dict[str, Any]] = [
+        {"inputs": [tensor([1])], "parameters": parameters},
+        {"inputs": [tensor([1], parameters=parameters)]},
+        {"inputs": [tensor([1])], "outputs": [{"name": "p", "parameters": parameters}]},
+    ]
+    assert [fault(json.dumps(place).encode()) is not None for place in places] == [wrong] * 3
 
 
 @pytest.mark.parametrize("more", [{"id": 7}, {"parameters": 1}, {"outputs": "p"}, {"outputs": [{"name": 1}]}, {"outputs": [[]]}])

@@ -97,6 +97,16 @@ async def test_the_baseline_answers_for_a_canary_that_fails(gateway: Gateway, ru
     assert totals["v1-g1"]["requests"] == 0
 
 
+async def test_the_bytes_of_tensors_do_not_hide_a_failing_canary(gateway: Gateway, runtime: Runtime) -> None:
+    gateway.route(canary=WHOLE - 1)
+    runtime.behave = canary_only(Answer(500, b'{"error":"broken"}'))
+    client = await gateway.connect()
+    for head in (b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"parameters":{"binary_data_size":4}}]}', b""):
+        reply = await client.infer(head + b"\x00\x00\x80?", inference_header_content_length=str(len(head)))
+        assert (reply.status, reply.headers["x-headrace-fallback"]) == (200, "v2-g1")
+    assert gateway.totals()["v2-g1"]["bad"]["error"] == 2
+
+
 async def test_a_canary_that_cannot_be_reached_is_answered_by_the_baseline(gateway: Gateway, runtime: Runtime) -> None:
     nowhere = Runtime()
     await nowhere.start()

@@ -363,14 +363,14 @@ class Exchange:
             return
         unknown = status == 404 or (status in REQUEST_FAULTS and kv2.is_unknown_model(body))
         if status in REQUEST_FAULTS and not unknown:
-            if self._may_fall_back() and self.assigned is not self.route.baseline and kv2.fault(bytes(self.body)) is None:
+            if self._may_fall_back() and self.assigned is not self.route.baseline and self._fault() is None:
                 self.doubted = True
                 self._attempt_failed(status, "", body=body)
             else:
                 self._blame_request(status, body)
             return
-        if status >= 500:
-            wrong = kv2.fault(bytes(self.body))
+        if unknown or status >= 500:
+            wrong = self._fault()
             if wrong is not None:
                 self._blame_request(400, kv2.error_body(wrong))
                 return
@@ -380,6 +380,10 @@ class Exchange:
             self._attempt_failed(status, f"the runtime answered {status}", body=body)
         else:
             self._attempt_failed(502, f"the runtime answered {status}")
+
+    def _fault(self) -> str | None:
+        """What is wrong with the request in itself. Bytes of tensors behind its JSON are not looked at; there may be no JSON at all."""
+        return None if self.json_length == 0 else kv2.fault(bytes(self.body[: self.json_length]))
 
     def _blame_request(self, status: int, body: bytes) -> None:
         if self.counts is not None:

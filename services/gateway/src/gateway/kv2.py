@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from enum import Enum
 from itertools import accumulate
 from typing import Any, Final
@@ -133,14 +134,21 @@ _INTEGERS = {f"INT{bits}": range(-(1 << bits - 1), 1 << bits - 1) for bits in (8
 _INTEGERS |= {f"UINT{bits}": range(1 << bits) for bits in (8, 16, 32, 64)}
 
 
+_LARGEST = sys.float_info.max
+
+
 def fault(body: bytes) -> str | None:
-    """What is wrong with an inference request in itself, in a sentence, or None when it is well formed.
+    """What is wrong with the JSON of an inference request in itself, in a sentence, or None when it is well formed.
 
     Asked only after a runtime failed: Triton answers 500 where the request is to blame (text that is not JSON, null in a
-    numeric tensor), and that must count against the caller, not against the arm.
+    numeric tensor, a parameter of the wrong type), and that must count against the caller, not against the arm.
     """
     try:
-        request = json.loads(body)
+        request = json.loads(body, parse_float=_float, parse_int=_int)
+        if b"\\u" in body:
+            json.dumps(request, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a text holds half a surrogate pair"
     except (ValueError, RecursionError):
         return "the body is not JSON"
     if not isinstance(request, dict):
@@ -152,7 +160,43 @@ def fault(body: bytes) -> str | None:
         return "inputs is not a list of tensors"
     if not isinstance(outputs, list) or not all(_is_named(output) for output in outputs):
         return "outputs is not a list of named tensors"
+    for parameters in (request.get("parameters", {}), *(output.get("parameters", {}) for output in outputs)):
+        if (wrong := _parameters_fault(parameters)) is not None:
+            return wrong
     return next((wrong for tensor in inputs if (wrong := _tensor_fault(tensor)) is not None), None)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if abs(value) > _LARGEST:
+        raise ValueError("the number is larger than any float")
+    return value
+
+
+def _int(text: str) -> int:
+    value = int(text)
+    if abs(value) > _LARGEST:
+        raise ValueError("the number is larger than any float")
+    return value
+
+
+_UNSIGNED = ("priority", "timeout", "classification", "binary_data_size")
+_BOOLEAN = ("sequence_start", "sequence_end", "binary_data", "binary_data_output")
+
+
+def _parameters_fault(parameters: dict[str, Any]) -> str | None:
+    """What is wrong with those parameters that Triton gives a meaning; with another type it answers 500, and 404 to shared memory."""
+    for name, value in parameters.items():
+        if name.startswith("shared_memory_"):
+            return "shared memory is not spoken here"
+        whole = type(value) is int and 0 <= value < 1 << 64
+        if name in _UNSIGNED and not whole:
+            return f"the parameter {name} is not a whole number from 0"
+        if name in _BOOLEAN and type(value) is not bool:
+            return f"the parameter {name} is not true or false"
+        if name == "sequence_id" and not whole and type(value) is not str:
+            return "the parameter sequence_id is neither a text nor a whole number from 0"
+    return None
 
 
 def _is_named(tensor: Any) -> bool:
@@ -167,8 +211,10 @@ def _tensor_fault(tensor: Any) -> str | None:
         return f"input {name!r} has no datatype"
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         return f"the shape of input {name!r} is not a list of sizes"
-    parameters = tensor.get("parameters")
-    if parameters is not None and "binary_data_size" in parameters:
+    parameters = tensor.get("parameters", {})
+    if (wrong := _parameters_fault(parameters)) is not None:
+        return wrong
+    if "binary_data_size" in parameters:
         return None
     data = tensor.get("data")
     if not isinstance(data, list):
