@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
+from headrace.cli.app import main
 from headrace.config import Connection
 from headrace.http import Client, Denied
 
-from tests.e2e.world import BREAKS_ABOVE, GOOD, NOISE, WEAK, World, eventually, model_bytes, request_body
+from tests.e2e.world import BREAKS_ABOVE, GOOD, NOISE, SIGNATURE, WEAK, World, eventually, model_bytes, request_body, samples_of
 
 
 def test_a_better_model_takes_over_and_one_that_breaks_is_rolled_back(world: World) -> None:
@@ -98,8 +104,28 @@ def test_a_completed_rollout_is_taken_back_in_one_command(world: World) -> None:
     assert not callers.failures
 
 
-def test_a_deployed_file_passes_the_same_gates(world: World, tmp_path: object) -> None:
+def test_a_deployed_file_passes_the_same_gates(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     world.apply()
-    run = world.finish_run(model_bytes(NOISE))
-    assert "must be at least" in world.arrives(run, "failed")["detail"]
+    monkeypatch.setenv("HEADRACE_URL", world.url)
+    monkeypatch.setenv("HEADRACE_API_KEY", world.key)
+
+    def deploy(model: bytes) -> tuple[int, dict[str, Any]]:
+        """`headrace deploy` of a file: its exit code and the journey that it prints."""
+        file, samples = tmp_path / "model.onnx", tmp_path / "samples.json"
+        file.write_bytes(model)
+        samples.write_text(json.dumps({"signature": SIGNATURE, "samples": samples_of(model)}))
+        words = ["headrace", "deploy", str(file), "--endpoint", world.name, "--samples", str(samples), "--json"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), dict(json.loads(capsys.readouterr().out))
+
+    code, journey = deploy(model_bytes(NOISE))
+    assert (code, journey["state"]) == (1, "failed")
+    assert "must be at least" in journey["detail"]
     assert world.infer().status_code == 404
+    code, journey = deploy(model_bytes(GOOD))
+    assert (code, journey["state"]) == (0, "completed")
+    assert world.infer().headers["x-headrace-model-version"] == "1"

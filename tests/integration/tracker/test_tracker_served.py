@@ -244,6 +244,8 @@ async def test_who_may_not_is_told_so(running: Any) -> None:
             await stub.CreateRun(pb.CreateRunRequest())
     with rpc.acting_for(Caller("gateway", "inference-only", frozenset())), pytest.raises(Forbidden):
         await stub.GetExperiment(pb.GetExperimentRequest())
+    with rpc.acting_for(Caller("gateway", "run", frozenset(), "0" * 32, 0)), pytest.raises(Forbidden):  # other runs are not its business
+        await stub.ListRuns(pb.ListRunsRequest())
     with pytest.raises(Forbidden):
         await running.stub("evaluator").LogBatch(pb.LogBatchRequest(run_id="0" * 32))
 

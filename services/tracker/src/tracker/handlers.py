@@ -186,7 +186,7 @@ class Tracker:
         self, caller: Caller, experiment_id: int, status: str, before: tuple[int, str] | None, limit: int
     ) -> Sequence[RunView]:
         """Newest first; status "" is any."""
-        may_read(caller)
+        require_role(caller, *READERS)  # not may_read: a run's token shows its own run and no other
         if status and status not in {*Status}:
             raise Invalid("the input is not valid", [Violation("status", f"one of {', '.join(Status)}")])
         async with self._store.transaction() as work:
