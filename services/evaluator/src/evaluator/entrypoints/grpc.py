@@ -31,6 +31,7 @@ ACCESS = {
     **{f"/{SERVICE}/{method}": Rule({"gateway"}, _EVERYONE) for method in ("GetEvaluation", "ListEvaluations", "GetReport")},
     f"/{SECTIONS}/ValidateSection": Rule({"registry"}),
     **{f"/{DEAD_LETTERS.full_name}/{method.name}": Rule({"gateway"}, {"admin"}) for method in DEAD_LETTERS.methods},
+    f"/{DEAD_LETTERS.full_name}/ListDeadLetters": Rule({"gateway"}, _EVERYONE),  # a list holds no payload
 }
 
 
