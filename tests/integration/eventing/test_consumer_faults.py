@@ -17,6 +17,7 @@ from eventing.partitioning import partition_of
 from eventing.recovery import adopt_cluster
 from eventing.topics import ensure_topics
 from eventing.watchdog import Stuck
+from servicekit.clock import FakeClock
 from servicekit.errors import NotFound, Unavailable
 from sqlalchemy import exc as sa_exc
 
@@ -385,14 +386,27 @@ async def test_a_consumer_without_partitions_ends_when_nobody_else_moves_either(
 
 
 async def test_a_broker_that_was_away_is_no_reason_to_end(local, until):
+    clock = FakeClock()
+    looks = 0
+    ask = local.broker.topics
+
+    async def counting():
+        nonlocal looks
+        looks += 1
+        return await ask()
+
+    local.broker.topics = counting  # what the watchdog asks first while nothing is assigned
     await local.relay()
-    consumer = await local.consume(watchdog_s=0.3)
+    consumer = await local.consume(watchdog_s=0.2, clock=clock)
     await local.emit("run")
     await until(lambda: local.effects("run"), [1])
     local.broker.available = False
     await local.emit("run")
     await until(lambda: consumer.ready() is not None)
-    await asyncio.sleep(0.6)  # longer than the watchdog's limit
+    for _ in range(3):
+        clock.advance(3600)
+        before = looks
+        await until(lambda before=before: looks > before)
     local.broker.available = True
     await until(lambda: local.effects("run"), [1, 2])
     await until(lambda: consumer.ready(), None)
@@ -432,6 +446,26 @@ async def test_a_replay_keeps_what_fails_for_a_passing_reason(local, until):
     consumer.inbox.handlers.clear()
     assert (await letters.replay("reader", topics.RUNS, "run")).applied == 1
     assert await local.effects("run") == [2]
+
+
+async def test_a_key_is_not_free_while_anything_of_it_is_parked(local, until):
+    await local.relay()
+    consumer = await local.consume()
+    letters = DeadLetters(local.engine, local.name, [consumer])
+    for payload in (b"broken", b"fine", b"broken too", b"fine"):
+        await local.emit("run", payload=payload)
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 4)
+    await letters.drop("reader", topics.RUNS, "run", 1)
+    await local.emit("run")
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 4)
+    replayed = await letters.replay("reader", topics.RUNS, "run")  # the second, up to the next broken one
+    assert (replayed.applied, replayed.remaining) == (1, 3)
+    await local.emit("run")
+    await until(lambda: local.scalar("SELECT count(*) FROM {s}.parked_event"), 4)
+    await letters.drop("reader", topics.RUNS, "run", 3)
+    assert (await letters.replay("reader", topics.RUNS, "run")).applied == 3
+    await local.emit("run")
+    await until(lambda: local.effects("run"), [2, 4, 5, 6, 7])
 
 
 async def test_dropping_the_last_parked_event_frees_the_key(local, until):
