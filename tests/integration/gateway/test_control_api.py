@@ -218,6 +218,26 @@ async def test_a_wrong_body_names_the_field(api: httpx.AsyncClient) -> None:
     assert answer.json()["error"]["violations"][0]["field"] == "lease_seconds"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/v1/runs", b'{"experiment": "a\\ud800"}'),
+        ("/api/v1/runs/x/inputs", b'{"inputs": [{"name": "d", "version": 9223372036854775808}]}'),
+        ("/api/v1/keys", b'{"subject": "s", "roles": ["viewer"], "expires_in_days": 999999999}'),
+        ("/api/v1/runs", b"[" * 100_000),
+        ("/api/v1/runs", b"{not json"),
+    ],
+)
+async def test_what_json_can_say_and_a_service_cannot_hear_is_a_bad_request(api: httpx.AsyncClient, path: str, body: bytes) -> None:
+    answer = await api.post(path, content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "INVALID"), answer.text
+
+
+async def test_another_method_is_refused_in_the_same_form(api: httpx.AsyncClient) -> None:
+    answer = await api.delete("/api/v1/runs")
+    assert (answer.status_code, answer.json()["error"]["code"], answer.headers["allow"]) == (405, "INVALID", "POST")
+
+
 async def test_a_log_is_streamed_and_an_unknown_one_is_not_found(api: httpx.AsyncClient) -> None:
     assert (await api.get("/api/v1/trainings/t1/log")).text == "first\nsecond\n"
     assert (await api.get("/api/v1/trainings/t1/log", params={"offset": 6})).text == "second\n"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from localstack.server import crash, restart
 from servicekit import db, migrate
-from servicekit.errors import HeadraceError, Unavailable
+from servicekit.errors import HeadraceError, Invalid, Unavailable
 from servicekit.settings import ServiceSettings
 from sqlalchemy import exc as sa_exc
 from sqlalchemy import text
@@ -153,6 +153,19 @@ async def test_which_errors_pass(database: str) -> None:
         # The connection died; the next caller must not see it.
         async with engine.connect() as connection:
             assert await connection.scalar(text("SELECT current_setting('TimeZone')")) == "UTC"
+    finally:
+        await engine.dispose()
+
+
+async def test_a_text_that_no_database_holds_is_the_callers_fault(database: str) -> None:
+    engine = db.create_engine(sqlalchemy_url(database))
+    try:
+        async with engine.connect() as connection:
+            with pytest.raises(sa_exc.DBAPIError) as failed:
+                await connection.execute(text("SELECT length(CAST(:name AS text))"), {"name": "a\x00b"})
+        assert type(db.translate(failed.value)) is Invalid
+        assert not db.is_transient(failed.value)
+        assert type(db.translate(await failure(engine, "SELECT 1 / 0"))) is not Invalid
     finally:
         await engine.dispose()
 

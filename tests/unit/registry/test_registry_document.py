@@ -107,6 +107,8 @@ def test_values_by_the_core_schema(written: str, value: object) -> None:
         ("a:\n  b: 1\n c: 2\n", 3, "a.b", "not YAML"),
         ("a: 1\n\tb: 2\n", 2, "a", "not YAML"),
         ("a: \x00\n", 1, "(file)", "may not stand in it"),
+        ('a: 1\nb: "x\\0"\n', 2, "b", "the character 0"),
+        ('a: ["\\uD800"]\n', 1, "a[0]", "half a surrogate pair"),
         ("- a\n", 1, "(file)", "mapping"),
         ("just text", 1, "(file)", "mapping"),
         ("", 1, "(file)", "mapping"),

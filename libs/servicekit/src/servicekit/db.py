@@ -6,7 +6,7 @@ import asyncpg
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from servicekit.errors import HeadraceError, Unavailable, is_unreachable
+from servicekit.errors import HeadraceError, Invalid, Unavailable, is_unreachable
 
 
 def create_engine(url: str, pool_size: int = 10, *, pre_ping: bool = True) -> AsyncEngine:
@@ -30,6 +30,8 @@ def create_engine(url: str, pool_size: int = 10, *, pre_ping: bool = True) -> As
 _TRANSIENT_CLASSES = ("08", "53")
 _TRANSIENT_STATES = frozenset({"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "57P05"})
 
+_CHARACTER_NOT_IN_REPERTOIRE = "22021"
+
 
 def is_transient(exc: BaseException) -> bool:
     """Whether the same transaction may succeed if it is tried again: the server was away, busy, or chose it to resolve a deadlock."""
@@ -49,7 +51,12 @@ def is_transient(exc: BaseException) -> bool:
 
 
 def translate(exc: BaseException) -> BaseException:
-    """`Unavailable` for a database error that may pass, everything else as it is. The text of the server is not passed on."""
+    """`Unavailable` for a database error that may pass, `Invalid` for a text that no database can hold, everything else as it is.
+
+    The text of the server is not passed on.
+    """
+    if isinstance(exc, sa_exc.DBAPIError) and getattr(exc.orig, "sqlstate", None) == _CHARACTER_NOT_IN_REPERTOIRE:
+        return Invalid("a text holds the character 0")
     if isinstance(exc, HeadraceError) or not is_transient(exc):
         return exc
     return Unavailable("the database is not available")

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from servicekit import errors, rpc
 from servicekit.access import Caller, as_caller
+from starlette.exceptions import HTTPException
 
 from gateway.control import deliveries, models, operations, rollouts, runs, traces, trainings
 
@@ -40,9 +41,13 @@ def create_app(peers: Peers, authenticate: Authenticate, spans: SpanSource | Non
         violations = [errors.Violation(".".join(map(str, problem["loc"][1:])) or "body", problem["msg"]) for problem in error.errors()]
         return JSONResponse(errors.http_body(errors.Invalid("the request is not as it should be", violations)), status_code=400)
 
-    @app.exception_handler(404)
-    async def not_found(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(errors.http_body(errors.NotFound(f"there is no {request.method} {request.url.path}")), status_code=404)
+    @app.exception_handler(HTTPException)
+    async def not_served(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            told: errors.Invalid = errors.NotFound(f"there is no {request.method} {request.url.path}")
+        else:
+            told = errors.Invalid(error.detail)
+        return JSONResponse(errors.http_body(told), status_code=error.status_code, headers=error.headers)
 
     app.add_middleware(_Boundary, authenticate=authenticate)
     return app
@@ -71,11 +76,20 @@ class _Boundary:
             with as_caller(caller), rpc.acting_for(caller):
                 await self._app(scope, receive, watched)
         except Exception as error:
-            status, body = errors.http_error(error)
+            status, body = errors.http_error(_told(error))
             if begun:  # too late for a status: the connection is cut instead, so that nobody takes half an answer for a whole one
                 raise
             headers = {"www-authenticate": "Bearer"} if status == 401 else {}
             await JSONResponse(body, status_code=status, headers=headers)(scope, receive, send)
+
+
+def _told(error: Exception) -> Exception:
+    """JSON has numbers and texts that protobuf has not: those are the request's fault, not ours."""
+    if isinstance(error, UnicodeEncodeError):
+        return errors.Invalid("a text of the request holds half a surrogate pair")
+    if isinstance(error, ValueError) and str(error).startswith("Value out of range"):
+        return errors.Invalid(f"a number of the request is too large: {str(error)[:100]}")
+    return error
 
 
 def _bearer(scope: Scope) -> str:

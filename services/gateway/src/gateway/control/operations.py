@@ -24,7 +24,7 @@ class NewKey(BaseModel):
     subject: str
     roles: list[str] = []
     inference_endpoints: list[str] = []
-    expires_in_days: int | None = Field(default=None, gt=0)
+    expires_in_days: int | None = Field(default=None, gt=0, le=36_500)
 
 
 class Letters(BaseModel):

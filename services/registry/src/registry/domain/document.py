@@ -32,6 +32,7 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
+_UNSTORABLE = re.compile("[\\x00\\ud800-\\udfff]")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -166,6 +167,8 @@ class _Reader:
 
     def _scalar(self, event: Any) -> Any:
         text: str = event.value
+        if _UNSTORABLE.search(text):  # escapes in quotes can write what a file itself may not hold
+            self._stop("a text may hold neither the character 0 nor half a surrogate pair", event)
         if event.style is not None:  # in quotes, or a block
             return text
         if text in _WORDS:
