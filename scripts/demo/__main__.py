@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from contracts.deployer.v1 import events_pb2 as deployer_events
 from headrace.cli.deliveries import follow
 from headrace.cli.training import upload_source
 from headrace.config import Connection
@@ -154,7 +155,9 @@ def run(state_dir: Path, *, keep: bool) -> None:
         expect(bool(lineage["data"]), "the trace of a prediction must lead to the data")
         expect(bool(traced["tree"]), "the spans of the request must be there")
         notes.append(f"request {request_id}")
-    tell(story, asyncio.run(read_all(layout.make(state_dir.resolve(), running=True).addresses.kafka)), ledger, traced)
+    events = asyncio.run(read_all(layout.make(state_dir.resolve(), running=True).addresses.kafka))
+    tell(story, events, ledger, traced)
+    check_walk(events, second["version"])
     check_ledger(ledger, str(first["version"]), str(second["version"]))
     total = time.monotonic() - story.began
     console.print(
@@ -272,6 +275,21 @@ def wait_for_trace(client: Client, request_id: str) -> dict[str, Any]:
         if (traced.get("tree") and traced.get("lineage")) or time.monotonic() > deadline:
             return traced
         time.sleep(0.2)
+
+
+def check_walk(events: list[Told], version: int) -> None:
+    """The better version must have gone step by step to all of the traffic, as the delivery says."""
+    weights = []
+    for event in events:
+        if event.type == "deploy.canary":
+            canary = deployer_events.DeployCanary.FromString(event.payload)
+            if canary.rollout.version.version == version:
+                weights.append(canary.weight_bps)
+        elif event.type == "deploy.advanced":
+            advanced = deployer_events.DeployAdvanced.FromString(event.payload)
+            if advanced.rollout.version.version == version:
+                weights.append(advanced.weight_bps)
+    expect(weights[:3] == [500, 2500, 5000], f"version {version} must walk 5 %, 25 %, 50 %, but it walked {weights}")
 
 
 def check_ledger(ledger: dict[str, Any], first: str, second: str) -> None:

@@ -22,7 +22,7 @@ SERVICE = "headrace.deployer.v1.DeployerService"
 SECTIONS = "headrace.registry.v1.DeliverySectionService"
 DEAD_LETTERS = "headrace.eventing.v1.DeadLetterService"
 
-READERS = Rule(services={"gateway", "registry", "evaluator"})
+READERS = Rule(services={"gateway", "registry", "evaluator"}, roles={"viewer", "editor", "approver", "admin"})
 OPERATORS = Rule(services={"gateway"}, roles={"editor", "approver", "admin"})
 ADMINS = Rule(services={"gateway"}, roles={"admin"})
 
@@ -33,8 +33,8 @@ ACCESS: AccessTable = {
     **{f"/{SERVICE}/{method}": READERS for method in _READS},
     **{f"/{SERVICE}/{method}": OPERATORS for method in _COMMANDS},
     f"/{SECTIONS}/ValidateSection": Rule(services={"registry"}),
-    **{f"/{DEAD_LETTERS}/{method}": OPERATORS for method in ("ListDeadLetters", "GetDeadLetter")},
-    **{f"/{DEAD_LETTERS}/{method}": ADMINS for method in ("ReplayDeadLetters", "DropDeadLetter")},
+    f"/{DEAD_LETTERS}/ListDeadLetters": READERS,
+    **{f"/{DEAD_LETTERS}/{method}": ADMINS for method in ("GetDeadLetter", "ReplayDeadLetters", "DropDeadLetter")},
 }
 
 MOST_PER_PAGE = 200
