@@ -222,12 +222,14 @@ class Trainer:
             await work.emit(event)
             return training
 
-    async def ended(self, work: UnitOfWork, training_id: str, state: str, outcome: Outcome) -> None:
+    async def ended(self, work: UnitOfWork, training_id: str, attempt: int, state: str, outcome: Outcome) -> None:
         """Draws the consequences of an attempt's end in the transaction that ends its job. `state` is what became of the job:
         succeeded, failed, cancelled, or queued to be tried again."""
         training = await work.trainings.lock(training_id)
         if training is None or training.ended:
             return
+        # One that failed before it had a run has not said that it began.
+        training = dataclasses.replace(training, attempt=max(training.attempt, attempt))
         now = self._clock.now()
         told: tuple[Training, Event]
         if state == "succeeded":

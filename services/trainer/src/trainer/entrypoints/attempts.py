@@ -62,7 +62,7 @@ class Attempts:
     async def on_end(self, conn: AsyncConnection, job: Job, ended: Ended) -> None:
         """Draws the consequences of an attempt's end in the transaction that ends its job."""
         outcome = self._outcomes.get(job.id) or Outcome(succeeded=ended.state is State.SUCCEEDED, reason=ended.cause)
-        await self._trainer.ended(self._store.on(conn), job.key, ended.state.value, outcome)
+        await self._trainer.ended(self._store.on(conn), job.key, job.attempt, ended.state.value, outcome)
 
     def committed(self) -> None:
         """After a transaction of `on_end`."""
