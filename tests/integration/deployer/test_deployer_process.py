@@ -164,7 +164,7 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
 
         rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.001], [6.003]]}}
         await publish(broker, await registry.promoted(store, 2, model(2.001), rows))
-        for wanted in ("preparing warming shadowing stepping", "shadowing stepping", "stepping completing", "completing completed"):
+        for wanted in ("preparing warming shadowing stepping", "stepping completing", "completing completed"):
 
             async def there(states: str = wanted) -> bool:
                 return await state_of(process, 2) in states.split()

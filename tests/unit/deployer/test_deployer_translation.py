@@ -219,3 +219,11 @@ def test_everything_that_is_served_has_a_rule() -> None:
     served = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     assert set(ACCESS) == served
     assert all("gateway" in rule.services or rule.services == {"registry"} for rule in ACCESS.values())
+
+
+def test_a_runtime_that_moved_needs_another_revision() -> None:
+    route = a_route()
+    assert routes.readdressed(route, {"triton": "host:8000"}) is None
+    moved = routes.readdressed(route, {"triton": "host:9000"})
+    assert moved is not None
+    assert (moved.revision, {arm.upstream for arm in moved.arms}) == (route.revision + 1, {"host:9000"})

@@ -1,0 +1,1 @@
+"""The deployer: endpoints, arms and rollouts, judged by sequential statistics."""
