@@ -234,7 +234,12 @@ class BrokerContract:
         await topics.ensure_topics(broker, prefix)
         await producer.send([self.snapshot(prefix, f"endpoint-{n % 5}", n // 5 + 1) for n in range(50)])
         seen = []
-        reader = SnapshotReader(broker, topics.ROUTES, lambda key, event: seen.append((key, event.sequence)), prefix)
+
+        async def on_record(key, event):
+            await asyncio.sleep(0)
+            seen.append((key, event.sequence))
+
+        reader = SnapshotReader(broker, topics.ROUTES, on_record, prefix)
         assert "not read to the end" in reader.ready()
         await reader.start()
         stack.push_async_callback(reader.stop)
