@@ -39,6 +39,9 @@ def enter(task: Path, readonly: Iterable[str] = ()) -> tuple[Path, Path]:
     """
     root = task / "root"
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
+    # Before the paths, some of which may lie below the /tmp of the outside.
+    (root / "tmp").mkdir()
+    _mount("tmpfs", root / "tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=16m,mode=0700")
     for path in _outermost([*SYSTEM, *python_paths(), *readonly]):
         _show(Path(path), root)
     for device in _DEVICES:
@@ -50,8 +53,6 @@ def enter(task: Path, readonly: Iterable[str] = ()) -> tuple[Path, Path]:
         _mount(str(task / name), target, "", _MS_BIND | _MS_REC)
         if not writable:
             _make_readonly(target)
-    (root / "tmp").mkdir()
-    _mount("tmpfs", root / "tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "size=16m,mode=0700")
     os.chdir(root)
     _check(_libc.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount of the old root")
