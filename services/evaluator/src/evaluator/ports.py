@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from servicekit.errors import Transient
+from servicekit.errors import Unavailable
 
 from evaluator.domain.candidate import DataVersion, Model
 from evaluator.domain.evaluation import Champion, Claim, Evaluation, Event, Evidence, Judgement, Latency, Verdict
 from evaluator.domain.statistics import Floats
 
 
-class WorkerDied(Transient):
+class WorkerDied(Unavailable):
     """The process that predicts died, hung or left nothing of use. A model can do that to it, so it is not tried for ever."""
 
 

@@ -209,7 +209,7 @@ def _array(values: Any, spec: Any) -> np.ndarray[Any, Any]:
     try:
         dtype = dtypes.get(datatype or "") or np.dtype(str(datatype).lower())
         array = np.asarray(values, dtype=dtype)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise Refused(f"the values of {spec.name!r} are no {datatype or spec.type}: {_sentence(error)}") from error
     if datatype == "BYTES":
         array = np.asarray(np.vectorize(_text, otypes=[np.object_])(array) if array.size else array)
