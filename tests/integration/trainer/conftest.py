@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import pytest_asyncio
 from contracts.registry.v1 import service_pb2_grpc as registry_pb2_grpc
 from contracts.tracker.v1 import service_pb2 as tracker_pb2
 from contracts.tracker.v1 import service_pb2_grpc as tracker_pb2_grpc
@@ -96,10 +98,9 @@ class Stack:
 
     tracker: tracker_pb2_grpc.TrackerServiceStub
     environment: dict[str, str]
-    database: Any
+    database: str
     state_dir: Path
-    tmp_path: Path
-    stack: contextlib.AsyncExitStack
+    folder: Path
     channel_to: Callable[[int, str], Any]
     started: list[TrainerProcess] = field(default_factory=list)
     trainer: service_pb2_grpc.TrainerServiceStub | None = None
@@ -107,7 +108,7 @@ class Stack:
 
     async def start_trainer(self, **settings: str) -> TrainerProcess:
         """Starts a trainer and lets `trainer` and `sections` talk to it."""
-        announced = self.tmp_path / f"announced-{len(self.started)}"
+        announced = self.folder / f"announced-{len(self.started)}"
         environment = {**self.environment, **settings, "HEADRACE_ANNOUNCE_FILE": str(announced)}
         one = TrainerProcess(_start(environment), announced)
         self.started.append(one)
@@ -178,7 +179,7 @@ class Stack:
             return (await http.get(download.url)).content
 
     async def rows(self, statement: str, **values: Any) -> list[Any]:
-        engine = create_async_engine(self.database.sqlalchemy)
+        engine = create_async_engine(self.database)
         try:
             async with engine.begin() as conn:
                 return list(await conn.execute(text(statement), values))
@@ -191,18 +192,20 @@ class Stack:
         assert [row.sequence for row in rows] == list(range(1, len(rows) + 1))
         return [row.type for row in rows]
 
-    async def runs(self) -> list[tracker_pb2.Run]:
-        """All runs, oldest first."""
-        return list(reversed((await self.tracker.ListRuns(tracker_pb2.ListRunsRequest())).runs))
+    async def runs(self, training_id: str) -> list[tracker_pb2.Run]:
+        """The runs of a training, oldest first."""
+        listed = (await self.tracker.ListRuns(tracker_pb2.ListRunsRequest())).runs
+        return [run for run in reversed(listed) if run.source.training_id == training_id]
 
 
-@pytest.fixture
-async def stack(database: Any, stack_servers: Any, topic_prefix: str, tmp_path: Path) -> AsyncIterator[Stack]:
+@contextlib.asynccontextmanager
+async def running_stack(database: str, stack_servers: Any, topic_prefix: str, folder: Path) -> AsyncIterator[Stack]:
+    """A tracker that serves, and what is needed to start trainers."""
     tokens = {name: access.new_service_token(name) for name in ("gateway", "trainer", "registry", "tracker")}
     hashes = ",".join(f"{name}={digest}" for name, (_, digest) in tokens.items())
     s3 = stack_servers.s3
     shared = {
-        "database_url": database.sqlalchemy,
+        "database_url": database,
         "kafka_bootstrap": stack_servers.kafka,
         "topic_prefix": topic_prefix,
         "service_token_hashes": hashes,
@@ -211,8 +214,8 @@ async def stack(database: Any, stack_servers: Any, topic_prefix: str, tmp_path: 
         "s3_secret_key": s3.secret_key,
         "s3_bucket": s3.bucket,
     }
-    await migrate.upgrade(database.sqlalchemy, "tracker", tracker_bootstrap.MIGRATIONS)
-    await migrate.upgrade(database.sqlalchemy, "trainer", trainer_bootstrap.MIGRATIONS)
+    await migrate.upgrade(database, "tracker", tracker_bootstrap.MIGRATIONS)
+    await migrate.upgrade(database, "trainer", trainer_bootstrap.MIGRATIONS)
     async with contextlib.AsyncExitStack() as exits:
         ports: dict[str, int] = {}
         tracker_settings = TrackerSettings(**shared, run_token_secret="a secret of the tests", lease_check_s=0.2, lease_grace_s=0)
@@ -233,14 +236,37 @@ async def stack(database: Any, stack_servers: Any, topic_prefix: str, tmp_path: 
             "HEADRACE_SERVICE_TOKEN": tokens["trainer"][0],
             "HEADRACE_TRACKER_ADDRESS": f"127.0.0.1:{ports['grpc']}",
             "HEADRACE_PUBLIC_URL": "http://127.0.0.1:1",
-            "HEADRACE_STATE_DIR": str(tmp_path / "state"),
+            "HEADRACE_STATE_DIR": str(folder / "state"),
             "HEADRACE_DEFAULT_TIMEOUT_S": "120",
+            "HEADRACE_MAX_MEMORY_BYTES": str(8 * 2**30),
         }
         tracker = tracker_pb2_grpc.TrackerServiceStub(channel_to(ports["grpc"], "trainer"))
-        made = Stack(tracker, environment, database, tmp_path / "state", tmp_path, exits, channel_to)
+        made = Stack(tracker, environment, database, folder / "state", folder, channel_to)
         try:
             yield made
         finally:
             for one in made.started:
                 if one.process.poll() is None:
                     one.kill()
+
+
+@pytest.fixture
+async def stack(database: Any, stack_servers: Any, topic_prefix: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    """For tests that start and kill trainers of their own."""
+    async with running_stack(database.sqlalchemy, stack_servers, topic_prefix, tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(stack_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """A stack with one trainer that all tests of a module share; their trainings run one after another."""
+    name = f"shared_trainer_{secrets.token_hex(4)}"
+    server = stack_servers.servers.postgres
+    server.sql('CREATE DATABASE :"name"', variables={"name": name})
+    dsn = f"{server.dsn.rsplit('/', 1)[0]}/{name}".replace("postgresql://", "postgresql+asyncpg://", 1)
+    try:
+        async with running_stack(dsn, stack_servers, f"t{secrets.token_hex(5)}.", tmp_path_factory.mktemp("shared")) as made:
+            await made.start_trainer()
+            yield made
+    finally:
+        server.sql('DROP DATABASE :"name" WITH (FORCE)', variables={"name": name})

@@ -20,6 +20,8 @@ from servicekit import rpc
 from servicekit.access import Caller
 from servicekit.errors import Forbidden, Invalid, NotFound
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 ADA = Caller("gateway", "ada", frozenset({"editor"}))
 SECTION = {
     "source": {"path": "examples/flights"},
@@ -30,10 +32,10 @@ SECTION = {
 }
 
 
-async def publish(stack: Any, *messages: registry_events.DeliveryApplied | bytes) -> None:
+async def publish(shared: Any, *messages: registry_events.DeliveryApplied | bytes) -> None:
     """Puts records on headrace.deliveries, as the registry's relay does."""
-    prefix = stack.environment["HEADRACE_TOPIC_PREFIX"]
-    broker = KafkaBroker(stack.environment["HEADRACE_KAFKA_BOOTSTRAP"], "test")
+    prefix = shared.environment["HEADRACE_TOPIC_PREFIX"]
+    broker = KafkaBroker(shared.environment["HEADRACE_KAFKA_BOOTSTRAP"], "test")
     await topics.ensure_topics(broker, prefix)
     producer = broker.producer()
     await producer.start()
@@ -54,53 +56,50 @@ def applied(revision: int, *, name: str = "flight-delays", deleted: bool = False
     return registry_events.DeliveryApplied(name=name, revision=revision, deleted=deleted, train_json=section, experiment="flights")
 
 
-async def until_revision(stack: Any, revision: int, name: str = "flight-delays") -> None:
+async def until_revision(shared: Any, revision: int, name: str = "flight-delays") -> None:
     async with asyncio.timeout(60):
         while True:
-            rows = await stack.rows("SELECT revision FROM trainer.delivery WHERE name = :name", name=name)
+            rows = await shared.rows("SELECT revision FROM trainer.delivery WHERE name = :name", name=name)
             if rows and rows[0].revision == revision:
                 return
             await asyncio.sleep(0.05)
 
 
-async def test_a_delivery_fills_what_a_request_leaves_out_by_its_highest_revision(stack: Any) -> None:
-    await stack.start_trainer()
+async def test_a_delivery_fills_what_a_request_leaves_out_by_its_highest_revision(shared: Any) -> None:
     # The highest revision counts, whatever comes last; what cannot be read is passed over.
-    await publish(stack, applied(1, seed=1), applied(3), applied(2, seed=2), b"\xff\xff", applied(1, name="last"))
-    await until_revision(stack, 1, "last")
-    await until_revision(stack, 3)
+    await publish(shared, applied(1, seed=1), applied(3), applied(2, seed=2), b"\xff\xff", applied(1, name="last"))
+    await until_revision(shared, 1, "last")
+    await until_revision(shared, 3)
     with rpc.acting_for(ADA), pytest.raises(Invalid, match="must be uploaded"):
-        await stack.trainer.SubmitTraining(pb.SubmitTrainingRequest(delivery="flight-delays"))
+        await shared.trainer.SubmitTraining(pb.SubmitTrainingRequest(delivery="flight-delays"))
     script = "import os, sys; print(os.environ['MODE'], os.environ['KEPT'], os.environ['HEADRACE_SEED'], sys.argv)"
-    source = await stack.upload({"train.py": script})
-    training = await stack.submit("", source=source, delivery="flight-delays", command=[], environment={"MODE": "fast"})
+    source = await shared.upload({"train.py": script})
+    training = await shared.submit("", source=source, delivery="flight-delays", command=[], environment={"MODE": "fast"})
     assert (training.experiment, training.seed, list(training.command)) == ("flights", 11, ["python", "train.py"])
     assert (training.resources.memory_bytes, training.resources.disk_bytes) == (256 * 2**20, 64 * 2**20)
     assert (training.resources.timeout_seconds, training.resources.processes) == (120, 1)
-    ended = await stack.ended(training.training_id)
+    ended = await shared.ended(training.training_id)
     assert ended.status == "succeeded"
-    assert "fast yes 11 ['train.py']" in await stack.log(training.training_id)
-    run = await stack.run(ended.run_id)
+    assert "fast yes 11 ['train.py']" in await shared.log(training.training_id)
+    run = await shared.run(ended.run_id)
     assert run.tags["headrace.delivery"] == "flight-delays"
 
-    await publish(stack, applied(4, deleted=True))
-    await until_revision(stack, 4)
+    await publish(shared, applied(4, deleted=True))
+    await until_revision(shared, 4)
     with rpc.acting_for(ADA), pytest.raises(NotFound):
-        await stack.trainer.SubmitTraining(pb.SubmitTrainingRequest(delivery="flight-delays", source=source))
+        await shared.trainer.SubmitTraining(pb.SubmitTrainingRequest(delivery="flight-delays", source=source))
 
 
-async def test_the_registry_has_sections_validated(stack: Any) -> None:
-    await stack.start_trainer(HEADRACE_MAX_MEMORY_BYTES=str(2**30))
-
+async def test_the_registry_has_sections_validated(shared: Any) -> None:
     async def violations(section: Any) -> list[str]:
         request = registry_pb2.ValidateSectionRequest(delivery="d", section="train", section_json=json.dumps(section))
-        return [violation.field for violation in (await stack.sections.ValidateSection(request)).violations]
+        return [violation.field for violation in (await shared.sections.ValidateSection(request)).violations]
 
     assert await violations(SECTION) == []
     assert await violations({**SECTION, "command": "python train.py", "seed": -1}) == ["train.command", "train.seed"]
-    assert await violations({**SECTION, "resources": {"memory": "2GiB"}}) == ["train.resources.memory"]
+    assert await violations({**SECTION, "resources": {"memory": "9GiB"}}) == ["train.resources.memory"]
     with pytest.raises(Invalid):
-        await stack.sections.ValidateSection(registry_pb2.ValidateSectionRequest(section="serve", section_json="{}"))
-    stub = type(stack.sections)(stack.channel_to(await stack.started[0].port(), "gateway"))
+        await shared.sections.ValidateSection(registry_pb2.ValidateSectionRequest(section="serve", section_json="{}"))
+    stub = type(shared.sections)(shared.channel_to(await shared.started[0].port(), "gateway"))
     with rpc.acting_for(ADA), pytest.raises(Forbidden):
         await stub.ValidateSection(registry_pb2.ValidateSectionRequest(section="train", section_json="{}"))

@@ -89,7 +89,7 @@ async def test_a_trainer_that_is_killed_takes_its_training_along_and_the_next_on
     ended = await stack.ended(training.training_id)
     assert (ended.status, ended.attempt) == ("succeeded", 2)
     assert meeting.most_at_once == 1
-    runs = await stack.runs()
+    runs = await stack.runs(training.training_id)
     assert [(run.status, run.source.training_id) for run in runs] == [
         ("FAILED", training.training_id),
         ("FINISHED", training.training_id),
@@ -113,7 +113,7 @@ async def test_killed_after_its_run_had_finished_it_is_not_run_again(stack: Any,
     ended = await stack.ended(training.training_id)
     assert (ended.status, ended.run_id) == ("succeeded", run_id)
     assert meeting.met == 1
-    assert len(await stack.runs()) == 1
+    assert len(await stack.runs(training.training_id)) == 1
     assert await stack.events(training.training_id) == ["job.submitted", "job.started", "job.succeeded"]
 
 
@@ -142,7 +142,7 @@ async def test_a_trainer_that_is_told_to_stop_hands_its_training_back(stack: Any
     meeting.go()
     ended = await stack.ended(training.training_id)
     assert (ended.status, ended.attempt) == ("succeeded", 1)  # what was handed back does not count as an attempt
-    assert [(run.status, run.reason) for run in await stack.runs()] == [
+    assert [(run.status, run.reason) for run in await stack.runs(training.training_id)] == [
         ("KILLED", "the trainer stops; the training is run again"),
         ("FINISHED", ""),
     ]
@@ -177,7 +177,7 @@ async def test_a_frozen_trainer_keeps_its_training_and_another_does_not_take_it(
     first.process.send_signal(signal.SIGSTOP)
     try:
         renewed = (await stack.rows("SELECT lease_until FROM trainer.job"))[0].lease_until
-        await stack.start_trainer(HEADRACE_JOB_LEASE_S="3", HEADRACE_STATE_DIR=str(stack.tmp_path / "other"))
+        await stack.start_trainer(HEADRACE_JOB_LEASE_S="3", HEADRACE_STATE_DIR=str(stack.folder / "other"))
         async with asyncio.timeout(60):  # until the lease of the time of freezing is long over: the process of the attempt renews it
             over = False
             while not over:

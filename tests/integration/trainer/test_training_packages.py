@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from contracts.trainer.v1 import service_pb2 as pb
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LOCK = Path(__file__).parents[3] / "requirements.lock"
 
@@ -18,8 +21,7 @@ def pinned(name: str) -> str:
     return found[0] + "\n"
 
 
-async def test_packages_are_installed_by_the_lock_once_and_seen_read_only(stack: Any) -> None:
-    await stack.start_trainer()
+async def test_packages_are_installed_by_the_lock_once_and_seen_read_only(shared: Any) -> None:
     script = """
 import idna, sys, importlib.util, pathlib
 print("idna", idna.__version__, idna.__file__.startswith(sys.prefix), importlib.util.find_spec("headrace").origin)
@@ -30,35 +32,33 @@ except OSError as error:
     print("refused", error.errno)
 """
     lock = pinned("idna")
-    source = await stack.upload({"train.py": script, "requirements.lock": lock})
+    source = await shared.upload({"train.py": script, "requirements.lock": lock})
     for _ in range(2):
-        training = await stack.submit("", source=source)
-        ended = await stack.ended(training.training_id, within_s=240)
-        log = await stack.log(training.training_id)
+        training = await shared.submit("", source=source)
+        ended = await shared.ended(training.training_id, within_s=240)
+        log = await shared.log(training.training_id)
         assert ended.status == "succeeded", log
         version = lock.split("==")[1].split()[0]
         assert f"idna {version} True /headrace/sdk/headrace/__init__.py" in log
         assert "compiled True" in log
         assert "refused 30" in log  # read-only file system
     assert "installing the packages" not in log  # the second one found them
-    run = await stack.run(ended.run_id)
+    run = await shared.run(ended.run_id)
     assert run.tags["headrace.packages"] == f"idna=={version}"
-    assert (await stack.artifact(ended.run_id, "requirements.lock")).decode() == lock
+    assert (await shared.artifact(ended.run_id, "requirements.lock")).decode() == lock
 
 
-async def test_a_package_with_another_hash_is_not_installed(stack: Any) -> None:
-    await stack.start_trainer()
+async def test_a_package_with_another_hash_is_not_installed(shared: Any) -> None:
     lock = re.sub(r"sha256:[0-9a-f]{64}", "sha256:" + "0" * 64, pinned("idna"))
-    training = await stack.submit("", source=await stack.upload({"train.py": "", "requirements.lock": lock}))
-    ended = await stack.ended(training.training_id, within_s=240)
+    training = await shared.submit("", source=await shared.upload({"train.py": "", "requirements.lock": lock}))
+    ended = await shared.ended(training.training_id, within_s=240)
     assert (ended.status, ended.attempt) == ("failed", 1)
     assert "could not be installed" in ended.reason
     assert "idna" in ended.reason
-    assert (await stack.run(ended.run_id)).status == "FAILED"
+    assert (await shared.run(ended.run_id)).status == "FAILED"
 
 
-async def test_several_processes_are_started_by_torchrun(stack: Any) -> None:
-    await stack.start_trainer()
+async def test_several_processes_are_started_by_torchrun(shared: Any) -> None:
     # What stands in for torch here only says how it was called; the source's own folder comes before installed packages.
     files = {
         "torch/__init__.py": "",
@@ -66,9 +66,9 @@ async def test_several_processes_are_started_by_torchrun(stack: Any) -> None:
         "torch/distributed/run.py": "import sys; print('torchrun', sys.argv[1:])",
         "train.py": "",
     }
-    training = await stack.submit(
-        "", source=await stack.upload(files), command=["python", "train.py", "--lr", "1"], resources=pb.Resources(processes=3)
+    training = await shared.submit(
+        "", source=await shared.upload(files), command=["python", "train.py", "--lr", "1"], resources=pb.Resources(processes=3)
     )
-    assert (await stack.ended(training.training_id)).status == "succeeded"
-    log = await stack.log(training.training_id)
+    assert (await shared.ended(training.training_id)).status == "succeeded"
+    log = await shared.log(training.training_id)
     assert "torchrun ['--standalone', '--nproc-per-node', '3', 'train.py', '--lr', '1']" in log
