@@ -131,6 +131,12 @@ def test_samples_without_an_input(tiny: ModuleType, tmp_path: Path) -> None:
         worker.run(inside, outside, task(tiny, samples=True))
 
 
+def test_samples_with_a_number_that_no_float_holds(tiny: ModuleType, tmp_path: Path) -> None:
+    inside, outside = prepare(tmp_path, tiny.linear(1.0), ROWS, {"x": [[10**400]], "kind": [["a"]]})
+    with pytest.raises(worker.Refused, match="'x' are no FP32"):
+        worker.run(inside, outside, task(tiny, samples=True))
+
+
 @pytest.mark.parametrize(
     ("onnx_type", "values"),
     [

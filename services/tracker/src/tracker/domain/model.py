@@ -144,6 +144,10 @@ def _check_value(value: Any, shape: tuple[int, ...], datatype: str) -> str:
     return next(filter(None, (_check_value(item, shape[1:], datatype) for item in value)), "")
 
 
+_ABOVE_FLOATS = {"FP16": 2**16, "FP32": 2**128, "FP64": 2**1024}
+"""JSON can write numbers that no float holds: those at or above these would become infinite."""
+
+
 def _is_of(value: Any, datatype: str) -> bool:
     if datatype == "BYTES":
         return isinstance(value, str)
@@ -152,7 +156,7 @@ def _is_of(value: Any, datatype: str) -> bool:
     if isinstance(value, bool):
         return False
     if datatype.startswith("FP"):
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and abs(value) < _ABOVE_FLOATS[datatype]
     if not isinstance(value, int):
         return False
     bits = int(datatype.removeprefix("U").removeprefix("INT"))
