@@ -29,7 +29,7 @@ from trainer.adapters.store import KIND, SqlStore
 from trainer.adapters.tables import SCHEMA
 from trainer.adapters.tracker import IDEMPOTENT, GrpcTracker
 from trainer.domain.training import Resources
-from trainer.entrypoints.attempts import Attempts, Recovery, StateFolder
+from trainer.entrypoints.attempts import Attempts, Recovery, SandboxCheck, StateFolder
 from trainer.entrypoints.deliveries import DeliveryRecords
 from trainer.entrypoints.grpc import ACCESS, SECTION_SERVICE, SERVICE, SectionServicer, TrainerServicer
 from trainer.entrypoints.translate import EventEncoder
@@ -89,6 +89,7 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     return [
         _Resources(engine, broker),
         folder,
+        SandboxCheck(),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/trainer", settings.topic_prefix, outbox=outbox),
         SnapshotReader(broker, topics.DELIVERIES, DeliveryRecords(trainer), settings.topic_prefix),
         Recovery(folder, queue, attempts),

@@ -30,6 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from trainer.adapters.logs import job_dir
 from trainer.adapters.store import KIND, SqlStore
 from trainer.handlers import Outcome, Trainer
+from trainer.runner import sandbox
 from trainer.runner.child import Child
 from trainer.runner.keeper import Claim, read_outcome
 
@@ -137,6 +138,30 @@ class StateFolder:
             with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # it died while it began: its lease will tell
                 self.left.append(Claim.read(note.parent))
             _clean(note.parent)
+
+
+class SandboxCheck:
+    """Makes one sandbox at the start: a machine that cannot is told by `/readyz`, not by the first training that fails. A component."""
+
+    name = "sandbox"
+
+    def __init__(self) -> None:
+        self._trouble: str | None = "not tried yet"
+
+    async def start(self) -> None:
+        try:
+            await sandbox.check()
+            self._trouble = None
+        except Invalid as exc:
+            self._trouble = str(exc)
+            _log.error("%s", exc)
+
+    async def stop(self) -> None:
+        """Nothing is held."""
+
+    def ready(self) -> str | None:
+        """None when this machine can make sandboxes, else why not."""
+        return self._trouble
 
 
 class Recovery(Background):
