@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from eventing.envelope import Received
+from eventing.broker import Fetched, Partition
 from eventing.kafka import KafkaBroker
-from eventing.snapshots import SnapshotReader
+from eventing.records import receive
 
 STORY_TOPICS = ("headrace.runs", "headrace.evals", "headrace.models", "headrace.deploys")
 
@@ -28,20 +28,28 @@ class Told:
 async def read_all(bootstrap: str, topics: Sequence[str] = STORY_TOPICS) -> list[Told]:
     """Every event of these topics up to now, in the order of their times. Blocks until their ends are reached."""
     broker = KafkaBroker(bootstrap, "headrace-demo")
+    reader = broker.reader(topics)
     found: list[Told] = []
-
-    def on_record(key: str, event: Received | None) -> None:
-        if event is not None:
-            trace = event.traceparent.split("-")
-            found.append(Told(event.time, event.type, key, trace[1] if len(trace) == 4 else "", event.payload))
-
-    for topic in topics:
-        reader = SnapshotReader(broker, topic, on_record, "")
-        await reader.start()
-        try:
-            async with asyncio.timeout(30):
-                while reader.ready() is not None:  # noqa: ASYNC110 - readiness is asked for, not announced
-                    await asyncio.sleep(0.02)
-        finally:
-            await reader.stop()
+    try:
+        async with asyncio.timeout(30):
+            await reader.start()
+            missing: dict[Partition, int] | None = None
+            while missing is None or missing:
+                polled = await reader.poll(1000, 0.25)
+                if polled.assigned is not None:
+                    held = await broker.offsets(polled.assigned)
+                    for partition, (start, _) in held.items():
+                        reader.seek(partition, start)
+                    missing = {partition: end for partition, (start, end) in held.items() if end > start}
+                found += [_told(record) for record in polled.records]
+                missing = {partition: end for partition, end in (missing or {}).items() if await reader.position(partition) < end}
+    finally:
+        await reader.stop()
+        await broker.close()
     return sorted(found, key=lambda event: event.time)
+
+
+def _told(record: Fetched) -> Told:
+    event = receive(record, record.partition.topic, "")
+    trace = event.traceparent.split("-")
+    return Told(event.time, event.type, event.key, trace[1] if len(trace) == 4 else "", event.payload)
