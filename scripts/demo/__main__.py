@@ -21,7 +21,7 @@ from headrace.cli.deliveries import follow
 from headrace.cli.training import upload_source
 from headrace.config import Connection
 from headrace.datasets import push_dataset
-from headrace.http import Client, HeadraceError
+from headrace.http import Client, HeadraceError, InvalidInput
 from localstack import api, layout
 from rich.console import Console
 from rich.table import Table
@@ -268,12 +268,16 @@ def stop_client(process: subprocess.Popen[bytes], ledger: Path) -> dict[str, Any
 
 
 def wait_for_trace(client: Client, request_id: str) -> dict[str, Any]:
-    """Spans arrive in batches a moment after the request."""
+    """Spans arrive in batches a moment after the request; until then the id is not known."""
     deadline = time.monotonic() + 15
     while True:
-        traced = client.get(f"/api/v1/traces/{request_id}")
-        if (traced.get("tree") and traced.get("lineage")) or time.monotonic() > deadline:
-            return traced
+        try:
+            traced = client.get(f"/api/v1/traces/{request_id}")
+            if (traced["tree"] and traced["lineage"]) or time.monotonic() > deadline:
+                return traced
+        except InvalidInput:
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.2)
 
 
