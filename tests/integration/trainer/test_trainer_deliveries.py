@@ -9,6 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from contracts.registry.v1 import events_pb2 as registry_events
 from contracts.registry.v1 import service_pb2 as registry_pb2
 from contracts.trainer.v1 import service_pb2 as pb
@@ -19,6 +21,8 @@ from eventing.kafka import KafkaBroker
 from servicekit import rpc
 from servicekit.access import Caller
 from servicekit.errors import Forbidden, Invalid, NotFound
+from sqlalchemy.ext.asyncio import create_async_engine
+from trainer.adapters import tables
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -103,3 +107,44 @@ async def test_the_registry_has_sections_validated(shared: Any) -> None:
     stub = type(shared.sections)(shared.channel_to(await shared.started[0].port(), "gateway"))
     with rpc.acting_for(ADA), pytest.raises(Forbidden):
         await stub.ValidateSection(registry_pb2.ValidateSectionRequest(section="train", section_json="{}"))
+
+
+async def test_a_delivery_with_a_cron_trigger_is_trained_when_it_is_due_as_it_was_last_uploaded(shared: Any) -> None:
+    name = "nightly"
+    await publish(shared, applied(1, name=name, triggers=["push", {"cron": "* * * * *"}]))
+    await until_revision(shared, 1, name)
+    source = await shared.upload({"train.py": "print('as uploaded')"})
+    pushed = await shared.submit("", source=source, delivery=name, command=[])
+    # It was last looked at some minutes ago: so it is due, and once only however long that is.
+    await shared.rows("UPDATE trainer.delivery SET scheduled_at = now() - interval '10 minutes' WHERE name = :name RETURNING 1", name=name)
+    async with asyncio.timeout(60):
+        while True:
+            rows = await shared.rows("SELECT training_id, submitted_by FROM trainer.training WHERE request_id LIKE 'cron:nightly:%'")
+            if rows:
+                break
+            await asyncio.sleep(0.1)
+    await publish(shared, applied(2, name=name))  # without the trigger it is not due again
+    await until_revision(shared, 2, name)
+    assert [row.submitted_by for row in rows] == ["schedule"]
+    ended = await shared.ended(rows[0].training_id)
+    assert (ended.status, ended.delivery, ended.source.upload_id) == ("succeeded", name, source.upload_id)
+    assert "as uploaded" in await shared.log(ended.training_id)
+    assert (await shared.ended(pushed.training_id)).status == "succeeded"
+
+
+async def test_the_migrations_make_the_tables_that_the_code_knows(shared: Any) -> None:
+    def compare(connection: Any) -> list[Any]:
+        def mine(entry: Any, name: str | None, kind: str, *_: Any) -> bool:
+            return kind != "table" or name in {table.name for table in tables.METADATA.tables.values()}
+
+        options = {
+            "include_schemas": True,
+            "include_object": mine,
+            "include_name": lambda name, kind, _: kind != "schema" or name == "trainer",
+        }
+        return list(compare_metadata(MigrationContext.configure(connection, opts=options), tables.METADATA))
+
+    engine = create_async_engine(shared.database)
+    async with engine.connect() as conn:
+        assert await conn.run_sync(compare) == []
+    await engine.dispose()

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tracker.domain import artifact as artifacts
 from tracker.domain.errors import Rejected
@@ -92,6 +92,7 @@ def test_what_is_wrong_with_a_signature_is_told_at_once() -> None:
     ]
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(st.integers(min_value=1, max_value=20), st.data())
 def test_samples_made_from_a_signature_fit_it(rows: int, data: st.DataObject) -> None:
     shapes = st.lists(st.integers(min_value=1, max_value=3), max_size=2).map(lambda tail: (-1, *tail))

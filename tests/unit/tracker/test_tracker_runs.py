@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tracker.domain import run as rules
 from tracker.domain.errors import NotAllowed, Refused, Rejected
@@ -94,6 +94,7 @@ def test_what_is_too_large_for_an_event_is_left_out_but_never_what_headrace_read
     assert 0 < len(event.facts.params) < 200
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(
     st.dictionaries(st.text(max_size=50), st.text(max_size=3_000), max_size=300),
     st.dictionaries(st.text(max_size=250), st.floats(), max_size=100),

@@ -32,6 +32,7 @@ from trainer.domain.training import Resources
 from trainer.entrypoints.attempts import Attempts, Recovery, SandboxCheck, StateFolder
 from trainer.entrypoints.deliveries import DeliveryRecords
 from trainer.entrypoints.grpc import ACCESS, SECTION_SERVICE, SERVICE, SectionServicer, TrainerServicer
+from trainer.entrypoints.schedules import Schedules
 from trainer.entrypoints.translate import EventEncoder
 from trainer.handlers import Trainer
 from trainer.runner.attempt import Attempt, Options
@@ -94,6 +95,7 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
         SnapshotReader(broker, topics.DELIVERIES, DeliveryRecords(trainer), settings.topic_prefix),
         Recovery(folder, queue, attempts),
         worker,
+        Schedules(trainer),
         server,
     ]
 

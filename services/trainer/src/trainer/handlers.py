@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 
 from artifacts import ArtifactStore
 from servicekit.access import Caller
@@ -13,6 +15,7 @@ from servicekit.errors import Conflict, Invalid, NotFound, TooLarge, Violation
 
 from trainer.domain import training as rules
 from trainer.domain.errors import Problem, Refused, Rejected
+from trainer.domain.schedule import last_due
 from trainer.domain.section import TrainSection, parse
 from trainer.domain.training import Event, Request, Resources, Source, Status, Training
 from trainer.ports import AppliedDelivery, Logs, RequestKey, Store, UnitOfWork, Upload
@@ -20,6 +23,7 @@ from trainer.ports import AppliedDelivery, Logs, RequestKey, Store, UnitOfWork, 
 MAX_PAGE = 1_000
 LOG_CHUNK = 64 * 1024
 _FOLLOW_S = 0.2
+_log = logging.getLogger(__name__)
 
 INFRASTRUCTURE_ATTEMPTS = 5
 """Attempts beyond those that the user's code may fail: for a trainer that died, or servers that were away."""
@@ -94,9 +98,14 @@ class Trainer:
 
         Raises NotFound for an unknown delivery or upload, Invalid with all that is wrong with the request.
         """
+        if request.source.upload_id:
+            await self._verify_upload(caller, request.source.upload_id)
+        return await self._submit(caller.name, request, request_id)
+
+    async def _submit(self, submitter: str, request: Request, request_id: str) -> Training:
         if len(request_id) > 500 or "\x00" in request_id:
             raise Invalid("the input is not valid", [Violation("request_id", "at most 500 characters")])
-        key = RequestKey(caller.name, request_id) if request_id else None
+        key = RequestKey(submitter, request_id) if request_id else None
         async with self._store.transaction() as work:
             if key is not None and (known := await work.trainings.by_request(key)):
                 return known
@@ -104,8 +113,6 @@ class Trainer:
         with told():
             rules.check_request(request)
             self._check_most(request.resources)
-        if request.source.upload_id:
-            await self._verify_upload(caller, request.source.upload_id)
         training, event = Training(
             training_id=str(self._ids.uuid7()),
             status=Status.QUEUED,
@@ -117,7 +124,7 @@ class Trainer:
             resources=request.resources.over(self._defaults),
             seed=request.seed,
             run_name=request.run_name,
-            submitted_by=caller.name,
+            submitted_by=submitter,
             max_attempts=request.max_attempts or self._max_attempts,
             created_at=self._clock.now(),
         ).submitted()
@@ -207,6 +214,45 @@ class Trainer:
         """Keeps what a delivery says; the highest revision counts, whatever comes last."""
         async with self._store.transaction() as work:
             await work.deliveries.remember(delivery)
+
+    async def start_scheduled(self) -> int:
+        """Submits what the cron triggers of deliveries have made due since the last look; returns how many trainings that are.
+
+        Several replicas may look at once, and a look may be repeated: the time it is due names the request. What was due longer ago
+        than an hour is passed over, and a delivery that is new starts to count now.
+        """
+        now = self._clock.now()
+        async with self._store.transaction() as work:
+            deliveries = await work.deliveries.scheduled()
+        count = 0
+        for delivery, looked_at in deliveries:
+            try:
+                section = parse(delivery.train_json)
+            except Rejected as exc:
+                _log.warning("the train section of delivery %s is not right: %s", delivery.name, exc)
+                continue
+            due = [last_due(cron, looked_at, now) for cron in section.crons] if looked_at is not None else []
+            for at in sorted({minute for minute in due if minute is not None}):
+                count += await self._start_due(delivery, section, at)
+            if section.crons:
+                async with self._store.transaction() as work:
+                    await work.deliveries.looked_at(delivery.name, now)
+        return count
+
+    async def _start_due(self, delivery: AppliedDelivery, section: TrainSection, at: datetime) -> int:
+        source = Source()
+        if not section.git_url:
+            # A folder is on its user's machine: it is trained again as it was last uploaded.
+            async with self._store.transaction() as work:
+                source = await work.trainings.last_upload(delivery.name) or source
+        request = Request(delivery=delivery.name, source=source)
+        try:
+            training = await self._submit("schedule", request, f"cron:{delivery.name}:{at.isoformat()}")
+        except Invalid as exc:
+            _log.warning("delivery %s was due at %s and cannot be trained: %s", delivery.name, at, exc)
+            return 0
+        _log.info("training %s of delivery %s, due at %s", training.training_id, delivery.name, at)
+        return 1
 
     # -- for those who run the attempts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +58,10 @@ class Trainings(Protocol):
 
     async def save(self, training: Training) -> None: ...
 
+    async def last_upload(self, delivery: str) -> Source | None:
+        """The newest uploaded source that was trained for a delivery."""
+        ...
+
     async def page(self, delivery: str, before: str, limit: int) -> Sequence[Training]:
         """Newest first: those older than training `before` ("" for the newest); delivery "" is any."""
         ...
@@ -78,6 +83,14 @@ class Deliveries(Protocol):
         ...
 
     async def get(self, name: str) -> AppliedDelivery | None: ...
+
+    async def scheduled(self) -> Sequence[tuple[AppliedDelivery, datetime | None]]:
+        """Deliveries that are not deleted and have a train section, each with the time until which its triggers have been looked at."""
+        ...
+
+    async def looked_at(self, name: str, until: datetime) -> None:
+        """Notes until when the triggers of a delivery have been looked at."""
+        ...
 
 
 class Jobs(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -57,6 +58,12 @@ class SqlTrainings:
 
     async def save(self, training: Training) -> None:
         await self._conn.execute(update(t.training).where(t.training.c.training_id == training.training_id).values(**_values(training)))
+
+    async def last_upload(self, delivery: str) -> Source | None:
+        uploaded = (t.training.c.delivery == delivery) & (t.training.c.source["upload_id"].astext != "")
+        newest = select(t.training.c.source).where(uploaded).order_by(t.training.c.created_at.desc(), t.training.c.training_id.desc())
+        found = (await self._conn.execute(newest.limit(1))).scalar_one_or_none()
+        return None if found is None else Source(**found)
 
     async def page(self, delivery: str, before: str, limit: int) -> Sequence[Training]:
         place = tuple_(t.training.c.created_at, t.training.c.training_id)
@@ -160,11 +167,24 @@ class SqlDeliveries:
         row = dataclasses.asdict(delivery)
         made = upsert(t.delivery).values(**row)
         newer = t.delivery.c.revision < made.excluded.revision
-        await self._conn.execute(made.on_conflict_do_update(index_elements=["name"], set_=row, where=newer))
+        # What is new starts to count anew.
+        changed = {**row, "scheduled_at": None}
+        await self._conn.execute(made.on_conflict_do_update(index_elements=["name"], set_=changed, where=newer))
 
     async def get(self, name: str) -> AppliedDelivery | None:
         row = (await self._conn.execute(select(t.delivery).where(t.delivery.c.name == name))).mappings().first()
-        return None if row is None else AppliedDelivery(**row)
+        return None if row is None else _delivery(row)
+
+    async def scheduled(self) -> Sequence[tuple[AppliedDelivery, datetime | None]]:
+        statement = select(t.delivery).where(~t.delivery.c.deleted, t.delivery.c.train_json != "").order_by(t.delivery.c.name)
+        return [(_delivery(row), row["scheduled_at"]) for row in (await self._conn.execute(statement)).mappings()]
+
+    async def looked_at(self, name: str, until: datetime) -> None:
+        await self._conn.execute(update(t.delivery).where(t.delivery.c.name == name).values(scheduled_at=until))
+
+
+def _delivery(row: RowMapping) -> AppliedDelivery:
+    return AppliedDelivery(row["name"], row["revision"], row["deleted"], row["experiment"], row["train_json"])
 
 
 class SqlJobs:

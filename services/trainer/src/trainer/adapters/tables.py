@@ -65,4 +65,5 @@ delivery = Table(
     Column("deleted", Boolean, nullable=False),
     _text("experiment"),
     _text("train_json"),
+    Column("scheduled_at", DateTime(timezone=True)),
 )

@@ -20,14 +20,13 @@ from typing import Any
 
 from trainer.domain import training as rules
 from trainer.domain.errors import Problem, Rejected
+from trainer.domain.schedule import check_cron
 from trainer.domain.training import Resources
 
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-_CRON_RANGES = (("minute", 0, 59), ("hour", 0, 23), ("day of month", 1, 31), ("month", 1, 12), ("day of week", 0, 7))
-_CRON_PART = re.compile(r"(\*|\d+(?:-\d+)?)(?:/(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,11 @@ class TrainSection:
     max_attempts: int = 0
     triggers: tuple[str, ...] = ()
     """`push`, `drift`, `cron <five fields>`."""
+
+    @property
+    def crons(self) -> tuple[str, ...]:
+        """The cron expressions among the triggers."""
+        return tuple(trigger.removeprefix("cron ") for trigger in self.triggers if trigger.startswith("cron "))
 
 
 def parse(section_json: str, prefix: str = "train") -> TrainSection:
@@ -185,17 +189,3 @@ class _Reader:
 
     def _wrong(self, where: str, message: str) -> None:
         self.problems.append(Problem(where, message))
-
-
-def check_cron(text: str) -> str:
-    """What is wrong with a cron expression of five fields; "" when nothing is."""
-    fields = text.split()
-    if len(fields) != len(_CRON_RANGES):
-        return "five fields are needed: minute hour day month weekday"
-    for value, (name, low, high) in zip(fields, _CRON_RANGES, strict=True):
-        for part in value.split(","):
-            match = _CRON_PART.fullmatch(part)
-            numbers = [int(number) for number in match[1].split("-")] if match and match[1] != "*" else []
-            if not match or match[2] == "0" or any(not low <= n <= high for n in numbers) or numbers != sorted(numbers):
-                return f"{part!r} is not a {name} ({low} to {high}, *, a-b, */n, several with commas)"
-    return ""
