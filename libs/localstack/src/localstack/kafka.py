@@ -175,7 +175,7 @@ def _environment(directory: Path, jar_folder: Path) -> dict[str, str]:
 
 
 def _format(jar_folder: Path, settings: Path, cluster_id: str) -> None:
-    command = _command("kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", settings)
+    command = _command("kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}", "-c", settings)
     done = subprocess.run(
         command, cwd=settings.parent, env=_environment(settings.parent, jar_folder), capture_output=True, text=True, check=False
     )
