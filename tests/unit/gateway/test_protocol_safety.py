@@ -184,6 +184,15 @@ async def test_idle_connections_are_closed_and_busy_ones_are_not(gateway: Gatewa
     assert (await client.reply()).status == 200
 
 
+async def test_a_connection_that_has_just_come_is_not_taken_for_an_idle_one(gateway: Gateway) -> None:
+    gateway.route()
+    client = await gateway.connect()
+    connection = await the_connection(gateway, lambda one: True)
+    connection.sweep(time.monotonic())  # before the client has sent its first byte
+    assert not connection.transport.is_closing()
+    assert (await client.infer()).status == 200
+
+
 async def the_connection(gateway: Gateway, condition: Callable[[DataProtocol], bool]) -> DataProtocol:
     connections = gateway.plane.connections
     await until(lambda: len(connections) == 1 and condition(next(iter(connections))))

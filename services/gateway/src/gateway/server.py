@@ -92,7 +92,8 @@ class DataProtocol(HttpToolsProtocol):
         self._read = 0
         self._body_bytes = 0
         self._stopped = False
-        self._swept: tuple[int, int] = (0, _IDLE)
+        # A state that no connection is in, so that the first sweep starts the clock and does not end a connection that has just come.
+        self._swept: tuple[int, int] = (-1, _IDLE)
         self._swept_at = 0.0
         self._writing_paused_at = 0.0
         self._linger_until = 0.0
