@@ -12,6 +12,7 @@ import pytest
 from contracts.tracker.v1 import service_pb2_grpc
 from eventing import schema as eventing_schema
 from eventing.outbox import Outbox
+from pydantic import SecretStr
 from servicekit import access, db, migrate, rpc
 from servicekit.access import Caller
 from servicekit.clock import SystemClock, SystemIds
@@ -90,7 +91,7 @@ def _starter(
         s3_access_key=s3.access_key,
         s3_secret_key=s3.secret_key,
         s3_bucket=s3.bucket,
-        run_token_secret=SECRET,
+        run_token_secret=SecretStr(SECRET),
         lease_check_s=0.1,
         lease_grace_s=0,
     )
@@ -104,7 +105,7 @@ def _starter(
             ports.update(getattr(component, "listening", dict)())
 
         def stub(service: str) -> service_pb2_grpc.TrackerServiceStub:
-            channel = rpc.channel(f"127.0.0.1:{ports['grpc']}", ServiceSettings(service_token=tokens[service][0]))
+            channel = rpc.channel(f"127.0.0.1:{ports['grpc']}", ServiceSettings(service_token=SecretStr(tokens[service][0])))
             stack.push_async_callback(channel.close)
             return service_pb2_grpc.TrackerServiceStub(channel)
 

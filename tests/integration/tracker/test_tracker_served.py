@@ -37,7 +37,7 @@ SIGNATURE = model_pb2.ModelSignature(
 SAMPLES = json.dumps({"inputs": {"x": [[1, 2], [3, 4]]}, "outputs": {"y": [0.1, 0.9]}}).encode()
 
 
-async def upload(stub: Any, data: bytes, *, announced: bytes | None = None, **where: str) -> tuple[str, list[str]]:
+async def upload(stub: Any, data: bytes, *, announced: bytes | None = None, **where: Any) -> tuple[str, list[str]]:
     """PUTs the parts of an upload; returns its id and the ETags."""
     claimed = data if announced is None else announced
     request = pb.StartUploadRequest(size_bytes=len(claimed), sha256=hashlib.sha256(claimed).hexdigest(), **where)
@@ -53,7 +53,7 @@ async def upload(stub: Any, data: bytes, *, announced: bytes | None = None, **wh
     return ticket.upload_id, etags
 
 
-async def put(stub: Any, data: bytes, **where: str) -> tuple[str, model_pb2.BlobRef]:
+async def put(stub: Any, data: bytes, **where: Any) -> tuple[str, model_pb2.BlobRef]:
     upload_id, etags = await upload(stub, data, **where)
     done = await stub.CompleteUpload(pb.CompleteUploadRequest(upload_id=upload_id, part_etags=etags))
     return upload_id, done.object
@@ -180,7 +180,7 @@ async def test_a_completion_that_was_cut_off_after_joining_goes_on(running: Any,
 
 async def test_a_model_that_cannot_be_delivered_is_refused_with_the_reason(running: Any) -> None:
     stub = running.stub("gateway")
-    good = {"name": "model", "path": "m.onnx", "format": "onnx", "signature": SIGNATURE, "samples_path": "s.json"}
+    good: dict[str, Any] = {"name": "model", "path": "m.onnx", "format": "onnx", "signature": SIGNATURE, "samples_path": "s.json"}
     with rpc.acting_for(ADA):
         run_id = (await stub.CreateRun(pb.CreateRunRequest())).run.run_id
         await put(stub, b"model", run_id=run_id, path="m.onnx")

@@ -28,6 +28,7 @@ from contracts.tracker.v1 import service_pb2 as tracker_pb2
 from contracts.tracker.v1 import service_pb2_grpc as tracker_pb2_grpc
 from contracts.trainer.v1 import service_pb2 as pb
 from contracts.trainer.v1 import service_pb2_grpc
+from pydantic import SecretStr
 from servicekit import access, migrate, rpc
 from servicekit.access import Caller
 from servicekit.settings import ServiceSettings
@@ -96,15 +97,15 @@ class TrainerProcess:
 class Stack:
     """What a test of the trainer talks to."""
 
-    tracker: tracker_pb2_grpc.TrackerServiceStub
+    tracker: Any
     environment: dict[str, str]
     database: str
     state_dir: Path
     folder: Path
     channel_to: Callable[[int, str], Any]
     started: list[TrainerProcess] = field(default_factory=list)
-    trainer: service_pb2_grpc.TrainerServiceStub | None = None
-    sections: registry_pb2_grpc.DeliverySectionServiceStub | None = None
+    trainer: Any = None
+    sections: Any = None
 
     async def start_trainer(self, **settings: str) -> TrainerProcess:
         """Starts a trainer and lets `trainer` and `sections` talk to it."""
@@ -133,15 +134,18 @@ class Stack:
         source = request.pop("source", None) or await self.upload({"train.py": script})
         request.setdefault("command", ["python", "train.py"])
         with rpc.acting_for(ADA):
-            return (await self.trainer.SubmitTraining(pb.SubmitTrainingRequest(source=source, **request))).training
+            answer: pb.SubmitTrainingResponse = await self.trainer.SubmitTraining(pb.SubmitTrainingRequest(source=source, **request))
+            return answer.training
 
     async def get(self, training_id: str) -> pb.Training:
         with rpc.acting_for(ADA):
-            return (await self.trainer.GetTraining(pb.GetTrainingRequest(training_id=training_id))).training
+            answer: pb.GetTrainingResponse = await self.trainer.GetTraining(pb.GetTrainingRequest(training_id=training_id))
+            return answer.training
 
     async def cancel(self, training_id: str) -> pb.Training:
         with rpc.acting_for(ADA):
-            return (await self.trainer.CancelTraining(pb.CancelTrainingRequest(training_id=training_id))).training
+            answer: pb.CancelTrainingResponse = await self.trainer.CancelTraining(pb.CancelTrainingRequest(training_id=training_id))
+            return answer.training
 
     async def until(self, training_id: str, wanted: Callable[[pb.Training], bool], within_s: float = 90) -> pb.Training:
         async with asyncio.timeout(within_s):
@@ -171,7 +175,8 @@ class Stack:
                 await asyncio.sleep(0.05)
 
     async def run(self, run_id: str) -> tracker_pb2.Run:
-        return (await self.tracker.GetRun(tracker_pb2.GetRunRequest(run_id=run_id))).run
+        answer: tracker_pb2.GetRunResponse = await self.tracker.GetRun(tracker_pb2.GetRunRequest(run_id=run_id))
+        return answer.run
 
     async def artifact(self, run_id: str, path: str) -> bytes:
         download = await self.tracker.GetDownload(tracker_pb2.GetDownloadRequest(run_id=run_id, path=path))
@@ -218,14 +223,16 @@ async def running_stack(database: str, stack_servers: Any, topic_prefix: str, fo
     await migrate.upgrade(database, "trainer", trainer_bootstrap.MIGRATIONS)
     async with contextlib.AsyncExitStack() as exits:
         ports: dict[str, int] = {}
-        tracker_settings = TrackerSettings(**shared, run_token_secret="a secret of the tests", lease_check_s=0.2, lease_grace_s=0)
+        tracker_settings = TrackerSettings(
+            **shared, run_token_secret=SecretStr("a secret of the tests"), lease_check_s=0.2, lease_grace_s=0
+        )
         for component in tracker_bootstrap.build(tracker_settings):
             await component.start()
             exits.push_async_callback(component.stop)
             ports.update(getattr(component, "listening", dict)())
 
         def channel_to(port: int, service: str) -> Any:
-            channel = rpc.channel(f"127.0.0.1:{port}", ServiceSettings(service_token=tokens[service][0]))
+            channel = rpc.channel(f"127.0.0.1:{port}", ServiceSettings(service_token=SecretStr(tokens[service][0])))
             exits.push_async_callback(channel.close)
             return channel
 

@@ -18,7 +18,7 @@ from trainer.ports import Upload
 from trainer.runner.source import SourceFetcher, unpack
 from trainer.runner.venv import check_lock, lock_key, packages
 
-Fill = Callable[[tarfile.TarFile], None]
+Fill = Callable[[tarfile.TarFile], object]
 HASH = "--hash=sha256:" + "0" * 64
 
 
@@ -28,12 +28,13 @@ def archive(path: Path, fill: Fill) -> Path:
     return path
 
 
-def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: object) -> None:
+def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: object) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size = len(content)
     for field, value in fields.items():
         setattr(info, field, value)
     tar.addfile(info, io.BytesIO(content))
+    return info
 
 
 def test_files_and_folders_arrive_with_their_content_and_execute_bit(tmp_path: Path) -> None:
@@ -87,11 +88,11 @@ def test_what_is_no_archive(tmp_path: Path, data: bytes) -> None:
 def test_a_small_archive_that_unpacks_to_much_is_stopped(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    bomb = archive(tmp_path / "a.tar.gz", lambda tar: [add(tar, f"f{n}", bytes(500_000)) for n in range(10)])  # type: ignore[func-returns-value]
+    bomb = archive(tmp_path / "a.tar.gz", lambda tar: [add(tar, f"f{n}", bytes(500_000)) for n in range(10)])
     with pytest.raises(TooLarge, match="unpacked"):
         unpack(bomb, target, 2_000_000)
     assert sum(file.stat().st_size for file in target.iterdir()) <= 2_000_000
-    many = archive(tmp_path / "b.tar.gz", lambda tar: [add(tar, f"d{n}", type=tarfile.DIRTYPE) for n in range(11)])  # type: ignore[func-returns-value]
+    many = archive(tmp_path / "b.tar.gz", lambda tar: [add(tar, f"d{n}", type=tarfile.DIRTYPE) for n in range(11)])
     with pytest.raises(TooLarge, match="files"):
         unpack(many, tmp_path / "other", 2_000_000, max_files=10)
 
