@@ -412,6 +412,28 @@ async def test_a_broker_that_was_away_is_no_reason_to_end(local, until):
     await until(lambda: consumer.ready(), None)
 
 
+async def test_a_handler_that_hangs_is_cancelled_at_the_stop_and_leaves_nothing(local, until):
+    entered = asyncio.Event()
+
+    async def hang(conn, event):
+        await local.apply(conn, event)
+        entered.set()
+        await asyncio.Event().wait()
+
+    await local.relay()
+    consumer = await local.consume({"run.finished": hang})
+    await local.emit("run")
+    await entered.wait()
+    async with asyncio.timeout(15):
+        await consumer.stop()
+        await consumer.wait()
+    assert await local.effects("run") == []
+    held = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in transaction%'"
+    await until(lambda: local.scalar(held), 0)
+    await local.consume()
+    await until(lambda: local.effects("run"), [1])
+
+
 async def test_parked_events_of_another_service_are_not_found(local):
     letters = DeadLetters(local.engine, local.name, [local.consumer()])
     with pytest.raises(NotFound, match="no consumer 'stranger'; it has reader"):

@@ -109,19 +109,31 @@ def test_the_watchdog_bites_where_records_wait_and_nothing_moves():
         watchdog.look({P: 5, Q: 7}, {P: 9, Q: 7})
 
 
-@pytest.mark.parametrize("what", ["moved", "no lag", "excused", "patient", "given away"])
+@pytest.mark.parametrize("what", ["moved", "no lag", "excused", "all excused", "patient", "given away"])
 def test_the_watchdog_knows_when_there_is_no_harm(what):
     clock = FakeClock()
     watchdog = Watchdog(clock, 60.0)
     watchdog.look({P: 5}, {P: 5 if what == "no lag" else 9})
     clock.advance(40)
     if what == "excused":
+        watchdog.excuse(P)
+    if what == "all excused":
         watchdog.excuse()
     if what == "given away":
         watchdog.look({}, {})
     watchdog.look({P: 6 if what == "moved" else 5}, {P: 5 if what == "no lag" else 9})
     clock.advance(40)
     watchdog.look({P: 6 if what == "moved" else 5}, {P: 9}, patience=5.0 if what == "patient" else 1.0)
+
+
+def test_the_excuse_of_one_partition_is_none_for_another():
+    clock = FakeClock()
+    watchdog = Watchdog(clock, 60.0)
+    watchdog.look({P: 5, Q: 5}, {P: 9, Q: 9})
+    clock.advance(61)
+    watchdog.excuse(P)
+    with pytest.raises(Stuck, match=r"t\[1\]"):
+        watchdog.look({P: 5, Q: 5}, {P: 9, Q: 9})
 
 
 def test_the_watchdog_counts_from_when_there_was_something_to_read():

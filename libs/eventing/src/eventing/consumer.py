@@ -131,10 +131,11 @@ class Consumer(Background):
         watch = asyncio.create_task(self._watch(), name=f"{self._name} watchdog")
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopping.is_set():
+                await asyncio.wait({work})  # its running batch may end
         finally:
-            for task in (work, watch):
-                if not task.done() and (task is watch or not self._stopping.is_set()):
-                    task.cancel()
+            work.cancel()
+            watch.cancel()
             ended = await asyncio.gather(work, watch, return_exceptions=True)
             await self._broker.close()
         for outcome in ended:
@@ -274,7 +275,7 @@ class Consumer(Background):
         wait = delay.backoff.next()
         delay.until = self._clock.monotonic() + wait
         reader.pause(partition)
-        self._watchdog.excuse()
+        self._watchdog.excuse(partition)
         metrics.retries.add(1, {"consumer": self.name})
         _log.warning("%s: %s %s waits %.1f s: %r", self._name, item.topic, item.key, wait, cause)
         return True

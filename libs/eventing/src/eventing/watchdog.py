@@ -24,9 +24,12 @@ class Watchdog:
         self._limit_s = limit_s
         self._since: dict[Partition, tuple[int, float]] = {}
 
-    def excuse(self) -> None:
-        """There is a known reason why nothing moves (a backoff): count from now."""
-        self._since.clear()
+    def excuse(self, partition: Partition | None = None) -> None:
+        """There is a known reason (a backoff) why this partition does not move, or none of them: count from now."""
+        if partition is None:
+            self._since.clear()
+        else:
+            self._since.pop(partition, None)
 
     def look(self, standing: Mapping[Partition, int], ends: Mapping[Partition, int], patience: float = 1.0) -> None:
         """Raises Stuck if a partition has records behind where it stands, and stood there `patience` times the limit ago already."""
