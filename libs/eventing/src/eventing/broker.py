@@ -48,13 +48,14 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
-    """How a topic is to be created. `retention_ms` -1 keeps for ever; compacted topics keep the last record of every key."""
+    """How a topic is to be created. `retention_ms` -1 keeps for ever; compacted topics keep the last record of every key; `replication` -1
+    is the broker's own default."""
 
     name: str
     partitions: int
     compacted: bool = False
     retention_ms: int = -1
-    replication: int = 1
+    replication: int = -1
     max_message_bytes: int = 1_048_588
 
 

@@ -49,7 +49,7 @@ class KafkaBroker:
         bootstrap: str,
         client_id: str,
         *,
-        session_timeout_s: float = 10.0,
+        session_timeout_s: float = 6.0,
         request_timeout_s: float = 10.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -98,6 +98,7 @@ class KafkaBroker:
                 spec.name,
                 spec.partitions,
                 spec.replication,
+                replica_assignments={} if spec.replication == -1 else None,  # else aiokafka refuses -1
                 topic_configs={
                     "cleanup.policy": "compact" if spec.compacted else "delete",
                     "retention.ms": str(spec.retention_ms),

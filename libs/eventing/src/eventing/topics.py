@@ -78,14 +78,14 @@ def is_dead_letters(name: str) -> bool:
     return name in _DEAD_LETTERS
 
 
-def specs(prefix: str = "", replication: int = 1) -> list[TopicSpec]:
+def specs(prefix: str = "", replication: int = -1) -> list[TopicSpec]:
     """How all topics are created, those for dead-letter notices included."""
     main = [TopicSpec(prefix + t.name, t.partitions, t.compacted, t.retention_ms, replication) for t in TOPICS]
     notices = [TopicSpec(prefix + name, 1, retention_ms=_DLQ_RETENTION_MS, replication=replication) for name in _DEAD_LETTERS]
     return main + notices
 
 
-async def ensure_topics(broker: Broker, prefix: str = "", replication: int = 1) -> None:
+async def ensure_topics(broker: Broker, prefix: str = "", replication: int = -1) -> None:
     """Creates the topics that are missing. May be repeated, also by several processes at once.
 
     Raises Invalid if a topic exists with another partition count than the table says, Unavailable if the broker does not answer.
