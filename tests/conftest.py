@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from artifacts import S3Location
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from localstack.s3_probe import S3Access
     from localstack.throwaway import ThrowawayServers
     from localstack.triton import Triton
+
+# A busy machine is no failure: tests assert no times.
+settings.register_profile("headrace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("headrace")
 
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "contract", "integration", "e2e", "chaos", "bench")

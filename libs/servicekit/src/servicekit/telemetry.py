@@ -150,6 +150,7 @@ def setup(
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(settings.log_level)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every address that it asks, presigned ones with their signature
 
     resource = Resource.create({"service.name": service_name, "service.instance.id": str(SystemIds().uuid7())})
     sampler = _ErrorsAlways(ParentBased(root=TraceIdRatioBased(settings.trace_sample_ratio)))

@@ -164,6 +164,10 @@ class Store(Protocol):
         """A transaction: committed when the block ends well, and then the events in it are on their way; else rolled back."""
         ...
 
+    def snapshot(self) -> AbstractAsyncContextManager[Session]:
+        """For reading only: all that is read within the block is of one moment."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:

@@ -46,6 +46,14 @@ class SqlStore:
             yield self.session(conn)
         self._outbox.committed()
 
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[SqlSession]:
+        # Several statements that see one moment: a version must not be shown in production without the alias it got with that.
+        async with self._engine.connect() as conn:
+            await conn.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            async with conn.begin():
+                yield self.session(conn)
+
     def session(self, conn: AsyncConnection) -> SqlSession:
         """A session in a transaction that a consumer has begun."""
         return SqlSession(conn, self._outbox, self._encode, self._clock, self._ids, self._webhooks)

@@ -159,17 +159,17 @@ class Versions:
 
     async def approvals(self, status: str = "", model: str = "") -> Sequence[Approval]:
         """Requests for approval, newest first."""
-        async with self._store.transaction() as session:
+        async with self._store.snapshot() as session:
             return await session.models.approvals(status, model)
 
     async def models(self) -> Sequence[ModelSummary]:
         """All models, by name."""
-        async with self._store.transaction() as session:
+        async with self._store.snapshot() as session:
             return await session.models.summaries()
 
     async def get(self, name: str, number: int = 0, alias: str = "") -> VersionView:
         """A version by number or alias. Raises NotFound."""
-        async with self._store.transaction() as session:
+        async with self._store.snapshot() as session:
             found = await session.models.view(name, number, alias)
         if found is None:
             raise NotFound(f"{name or 'a model without name'} has no version {number or alias or '(neither number nor alias given)'}")
@@ -177,7 +177,7 @@ class Versions:
 
     async def page(self, name: str, below: int = 0, limit: int = 0) -> Sequence[VersionView]:
         """Versions below a number, newest first. Raises NotFound when there is no such model."""
-        async with self._store.transaction() as session:
+        async with self._store.snapshot() as session:
             found = await session.models.views(name, below, page_size(limit))
         if found is None:
             raise NotFound(f"there is no model {name}")
