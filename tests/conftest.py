@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
 
 if TYPE_CHECKING:
     from artifacts import S3Location
@@ -104,6 +108,18 @@ def _location(access: S3Access) -> S3Location:
     from artifacts import S3Location
 
     return S3Location(endpoint=access.endpoint, access_key=access.access_key, secret_key=access.secret_key, bucket=access.bucket)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collected() -> InMemoryMetricReader:
+    """Reads what the libraries measure.
+
+    OpenTelemetry's providers can be set once per process: they are the tests', whichever service a test sets up first.
+    """
+    reader = InMemoryMetricReader()
+    trace.set_tracer_provider(TracerProvider())
+    metrics.set_meter_provider(MeterProvider([reader]))
+    return reader
 
 
 @pytest.fixture(scope="session")

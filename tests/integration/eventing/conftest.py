@@ -22,8 +22,6 @@ from eventing.kafka import KafkaBroker
 from eventing.memory import MemoryBroker
 from eventing.outbox import Outbox
 from eventing.relay import Relay
-from opentelemetry import metrics
-from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from servicekit.errors import Invalid
 from sqlalchemy import text
@@ -198,14 +196,6 @@ class Counters:
                             if attributes.items() <= dict(point.attributes).items():
                                 found += point.value
         return found
-
-
-@pytest.fixture(scope="session")
-def collected() -> InMemoryMetricReader:
-    """The process's one meter provider, with a reader for tests."""
-    reader = InMemoryMetricReader()
-    metrics.set_meter_provider(MeterProvider([reader]))
-    return reader
 
 
 @pytest.fixture

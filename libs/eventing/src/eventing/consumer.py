@@ -158,7 +158,11 @@ class Consumer(Background):
         try:
             await reader.start()
             while not self._stopping.is_set():
-                polled = await reader.poll(self._batch_size, self._poll_s())
+                try:
+                    polled = await reader.poll(self._batch_size, self._poll_s())
+                except OffsetOutOfRange:
+                    await self._position(reader)  # which knows why: another cluster, or lost records
+                    continue
                 if polled.assigned is not None:
                     self._assigned = polled.assigned
                     self._lost = True
