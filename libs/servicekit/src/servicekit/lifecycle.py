@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,30 @@ class Component(Protocol):
     async def stop(self) -> None:
         """Ends the work, or hands it back, and returns."""
         ...
+
+
+class Closing:
+    """Lets go, at the stop, of what the other components use: engines, channels, brokers. It stands first, so that it is stopped last."""
+
+    name = "closing"
+
+    def __init__(self, *closes: Callable[[], Awaitable[object]]) -> None:
+        """`closes` are called one after the other, in this order."""
+        self._closes = closes
+
+    async def start(self) -> None:
+        """Nothing to do: connections are made at first use."""
+
+    async def stop(self) -> None:
+        """Calls them all; raises an ExceptionGroup of what those raised that failed."""
+        errors: list[Exception] = []
+        for close in self._closes:
+            try:
+                await close()
+            except Exception as error:  # the others must be let go all the same
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("could not be let go", errors)
 
 
 class Readiness:

@@ -28,9 +28,9 @@ from eventing.snapshots import SnapshotReader
 from jobs import Ended, Job, JobContext, JobQueue, State, Worker
 from servicekit import db
 from servicekit.clock import Clock, Ids, SystemClock, SystemIds
-from servicekit.lifecycle import Component
+from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployer.adapters import leadership
 from deployer.adapters.store import LOAD, SqlStore
@@ -62,24 +62,6 @@ class World:
     runtime: Runtime
     clock: Clock
     ids: Ids
-
-
-class _Resources:
-    """What is let go when everything that uses it has stopped."""
-
-    name = "resources"
-
-    def __init__(self, engine: AsyncEngine, world: World) -> None:
-        self._engine = engine
-        self._world = world
-
-    async def start(self) -> None:
-        """Nothing to do: connections are made at first use."""
-
-    async def stop(self) -> None:
-        await self._world.runtime.close()
-        await self._world.broker.close()
-        await self._engine.dispose()
 
 
 def build(settings: DeployerSettings) -> Sequence[Component]:
@@ -141,7 +123,7 @@ def assemble(settings: DeployerSettings, world: World) -> Sequence[Component]:
     letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
     server.add(dead_letters_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
     return [
-        _Resources(engine, world),
+        Closing(world.runtime.close, broker.close, engine.dispose),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/deployer", prefix, outbox=outbox, clock=clock),
         BestEffortConsumer(broker, topics.TRAFFIC, Traffic(judge), prefix),
         SnapshotReader(broker, topics.DELIVERIES, Deliveries(deployer), prefix, clock=clock),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import grpc
 from artifacts import S3Location
 from artifacts.s3 import S3Store
 from contracts.evaluator.v1 import service_pb2_grpc
@@ -24,8 +23,7 @@ from eventing.snapshots import SnapshotReader
 from jobs import Backoff, JobQueue, Worker
 from servicekit import db, rpc
 from servicekit.clock import SystemClock, SystemIds
-from servicekit.lifecycle import Component
-from sqlalchemy.ext.asyncio import AsyncEngine
+from servicekit.lifecycle import Closing, Component
 
 from evaluator.adapters.deliveries import DeliveriesRead
 from evaluator.adapters.holdout import ParquetHoldout
@@ -43,25 +41,6 @@ from evaluator.handlers import Evaluations, Evaluator, Intake
 from evaluator.settings import EvaluatorSettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
-
-
-class _Resources:
-    """What is let go when everything that uses it has stopped."""
-
-    name = "resources"
-
-    def __init__(self, engine: AsyncEngine, broker: Broker, channel: grpc.aio.Channel) -> None:
-        self._engine = engine
-        self._broker = broker
-        self._channel = channel
-
-    async def start(self) -> None:
-        """Nothing to do: connections are made at first use."""
-
-    async def stop(self) -> None:
-        await self._channel.close()
-        await self._broker.close()
-        await self._engine.dispose()
 
 
 def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Backoff | None = None) -> Sequence[Component]:
@@ -116,9 +95,9 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     server.add(service_pb2_grpc.add_EvaluatorServiceServicer_to_server, EvaluatorServicer(evaluations), SERVICE)
     server.add(registry_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(), SECTIONS)
     letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
-    server.add(eventing_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS.full_name)
+    server.add(eventing_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
     return [
-        _Resources(engine, broker, channel),
+        Closing(channel.close, broker.close, engine.dispose),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/evaluator", settings.topic_prefix, outbox=outbox),
         snapshots,
         consumer,

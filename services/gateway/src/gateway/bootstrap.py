@@ -24,7 +24,7 @@ from servicekit import rpc, runtoken
 from servicekit.access import GATEWAY, Caller
 from servicekit.clock import Clock, SystemClock, SystemIds
 from servicekit.errors import Unauthenticated
-from servicekit.lifecycle import Component
+from servicekit.lifecycle import Closing, Component
 from servicekit.settings import split_address
 
 from gateway.access import AccessTable
@@ -52,27 +52,6 @@ _PEERS = {
 }
 _READS = ("Get", "List", "Explain")
 """How the names of methods begin that may be tried again without harm."""
-
-
-class _Resources:
-    """What is let go when everything that uses it has stopped."""
-
-    name = "resources"
-
-    def __init__(self, broker: KafkaBroker, channels: Sequence[grpc.aio.Channel], spans: HttpSpanSource | None) -> None:
-        self._broker = broker
-        self._channels = channels
-        self._spans = spans
-
-    async def start(self) -> None:
-        """Nothing to do: connections are made at first use."""
-
-    async def stop(self) -> None:
-        for channel in self._channels:
-            await channel.close(None)
-        if self._spans is not None:
-            await self._spans.close()
-        await self._broker.close()
 
 
 class _LoadedHeap:
@@ -111,7 +90,8 @@ def build(settings: GatewaySettings) -> Sequence[Component]:
     app = create_app(peers, _authenticate(plane.access, settings, clock), spans)
     host, port = split_address(settings.gateway_address)
     server = DataServer(plane, app, host, port, grace_s=settings.shutdown_grace_s * 0.6, reuse_port=settings.gateway_processes > 1)
-    components: list[Component] = [_Resources(broker, channels, spans), feed, traffic, _LoadedHeap(), server]
+    closes = [*(channel.close for channel in channels), *([spans.close] if spans is not None else [])]
+    components: list[Component] = [Closing(*closes, broker.close), feed, traffic, _LoadedHeap(), server]
     if settings.gateway_index >= 0:
         components.append(ParentWatch())
     return components

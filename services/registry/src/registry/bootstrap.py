@@ -15,12 +15,10 @@ from eventing.dlq_grpc import DeadLetterServicer
 from eventing.kafka import KafkaBroker
 from eventing.outbox import Outbox
 from eventing.relay import Relay
-from grpc.aio import Channel
 from servicekit import db
 from servicekit.clock import SystemClock, SystemIds
-from servicekit.lifecycle import Component
+from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server, channel
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from registry.adapters.sections import VALIDATE, GrpcSectionValidator
 from registry.adapters.store import SqlStore
@@ -36,26 +34,6 @@ from registry.handlers.versions import VersionEvents, Versions
 from registry.settings import RegistrySettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
-
-
-class _Resources:
-    """What is let go when everything that uses it has stopped."""
-
-    name = "resources"
-
-    def __init__(self, engine: AsyncEngine, broker: Broker, channels: Sequence[Channel]) -> None:
-        self._engine = engine
-        self._broker = broker
-        self._channels = channels
-
-    async def start(self) -> None:
-        """Nothing to do: connections are made at first use."""
-
-    async def stop(self) -> None:
-        for one in self._channels:
-            await one.close()
-        await self._broker.close()
-        await self._engine.dispose()
 
 
 class _FirstKey:
@@ -98,7 +76,7 @@ def build(settings: RegistrySettings, broker: Broker | None = None) -> Sequence[
     server.add(dlq_grpc_pb.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
 
     components: list[Component] = [
-        _Resources(engine, broker, list(channels.values())),
+        Closing(*(one.close for one in channels.values()), broker.close, engine.dispose),
         _FirstKey(access, settings.bootstrap_admin_key_hash),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/registry", settings.topic_prefix, outbox=outbox),
         consumer,

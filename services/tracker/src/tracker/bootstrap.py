@@ -15,9 +15,8 @@ from eventing.outbox import Outbox
 from eventing.relay import Relay
 from servicekit import db
 from servicekit.clock import SystemClock, SystemIds
-from servicekit.lifecycle import Component
+from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
@@ -29,25 +28,6 @@ from tracker.handlers import Tracker
 from tracker.settings import TrackerSettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
-
-
-class _Resources:
-    """What is let go when everything that uses it has stopped."""
-
-    name = "resources"
-
-    def __init__(self, engine: AsyncEngine, broker: KafkaBroker, deliverables: Deliverables) -> None:
-        self._engine = engine
-        self._broker = broker
-        self._deliverables = deliverables
-
-    async def start(self) -> None:
-        """Nothing to do: connections are made at first use."""
-
-    async def stop(self) -> None:
-        await self._deliverables.close()
-        await self._broker.close()
-        await self._engine.dispose()
 
 
 def build(settings: TrackerSettings) -> Sequence[Component]:
@@ -78,7 +58,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(tracker, deliverables), SERVICE)
     return [
-        _Resources(engine, broker, deliverables),
+        Closing(deliverables.close, broker.close, engine.dispose),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
         LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),
         server,

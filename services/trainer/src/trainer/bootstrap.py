@@ -21,8 +21,7 @@ from eventing.snapshots import SnapshotReader
 from jobs import JobQueue, Worker
 from servicekit import db, rpc
 from servicekit.clock import Clock, Ids, SystemClock, SystemIds
-from servicekit.lifecycle import Component
-from sqlalchemy.ext.asyncio import AsyncEngine
+from servicekit.lifecycle import Closing, Component
 
 from trainer.adapters.logs import LogFiles, log_file
 from trainer.adapters.store import KIND, SqlStore
@@ -44,23 +43,6 @@ from trainer.settings import TrainerSettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 _URL_TTL_S = 3_600
-
-
-class _Resources:
-    """What is let go when everything that uses it has stopped."""
-
-    name = "resources"
-
-    def __init__(self, engine: AsyncEngine, broker: KafkaBroker) -> None:
-        self._engine = engine
-        self._broker = broker
-
-    async def start(self) -> None:
-        """Nothing to do: connections are made at first use."""
-
-    async def stop(self) -> None:
-        await self._broker.close()
-        await self._engine.dispose()
 
 
 def build(settings: TrainerSettings) -> Sequence[Component]:
@@ -88,7 +70,7 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     server.add(service_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(trainer), SERVICE)
     server.add(registry_pb2_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(trainer), SECTION_SERVICE)
     return [
-        _Resources(engine, broker),
+        Closing(broker.close, engine.dispose),
         folder,
         SandboxCheck(),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/trainer", settings.topic_prefix, outbox=outbox),
