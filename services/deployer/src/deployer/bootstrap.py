@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts import ArtifactStore, S3Location
+from artifacts import ArtifactStore
 from artifacts.s3 import S3Store
 from contracts.deployer.v1 import service_pb2_grpc
 from contracts.eventing.v1 import service_pb2_grpc as dead_letters_grpc
@@ -67,15 +67,7 @@ class World:
 def build(settings: DeployerSettings) -> Sequence[Component]:
     """The deployer's components in the order in which they start."""
     clock, ids = SystemClock(), SystemIds()
-    artifacts = S3Store(
-        S3Location(
-            endpoint=settings.s3_endpoint,
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key.get_secret_value(),
-            bucket=settings.s3_bucket,
-            secure=settings.s3_secure,
-        )
-    )
+    artifacts = S3Store(settings.s3)
     runtime = TritonRuntime(
         settings.triton_grpc,
         settings.triton_http,

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from artifacts.settings import S3Settings
 from pydantic import Field, SecretStr
-from servicekit.settings import ServiceSettings
 
 
-class DeployerSettings(ServiceSettings):
+class DeployerSettings(S3Settings):
     service_name: ClassVar[str] = "deployer"
 
-    s3_endpoint: str = Field(default="127.0.0.1:9000", description="The object store, `host:port`.")
-    s3_access_key: str = Field(default="", description="Access key of the object store.")
-    s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key of the object store.")
-    s3_bucket: str = Field(default="headrace", description="Bucket of all artifacts.")
-    s3_secure: bool = Field(default=False, description="Whether the object store is reached by TLS.")
     triton_grpc: str = Field(default="127.0.0.1:8001", description="Triton's gRPC address, `host:port`, for loading models.")
     triton_http: str = Field(
         default="127.0.0.1:8000", description="Triton's HTTP address, `host:port`, as gateways reach it; it stands in routes."

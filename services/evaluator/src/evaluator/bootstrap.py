@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from artifacts import S3Location
 from artifacts.s3 import S3Store
 from contracts.evaluator.v1 import service_pb2_grpc
 from contracts.eventing.v1 import service_pb2_grpc as eventing_grpc
@@ -52,16 +51,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     outbox = Outbox(eventing_schema.tables(SCHEMA))
     queue = JobQueue(engine, SCHEMA, clock, ids, backoff or Backoff(first_s=1, most_s=15))
     store = SqlStore(engine, outbox, queue, EventEncoder(clock, ids))
-    objects = S3Store(
-        S3Location(
-            endpoint=settings.s3_endpoint,
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key.get_secret_value(),
-            bucket=settings.s3_bucket,
-            secure=settings.s3_secure,
-            public_endpoint=settings.s3_public_endpoint or None,
-        )
-    )
+    objects = S3Store(settings.s3)
 
     deliveries = Deliveries()
     events = Events(Intake(deliveries, clock, ids), deliveries, DeliveriesRead(broker, settings.topic_prefix), store.on)

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, SecretStr
-from servicekit.settings import ServiceSettings
+from artifacts.settings import PresigningSettings
+from pydantic import Field
 
 
-class EvaluatorSettings(ServiceSettings):
+class EvaluatorSettings(PresigningSettings):
     service_name: ClassVar[str] = "evaluator"
 
     tracker_address: str = Field(default="127.0.0.1:7001", description="The tracker's gRPC server, `host:port`.")
-    s3_endpoint: str = Field(default="127.0.0.1:9000", description="The object store as this service reaches it, `host:port`.")
-    s3_public_endpoint: str = Field(
-        default="", description="The object store as clients reach it, `host:port`, in presigned URLs; empty: the same."
-    )
-    s3_access_key: str = Field(default="", description="Access key of the object store.")
-    s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key of the object store.")
-    s3_bucket: str = Field(default="headrace", description="Bucket of all artifacts.")
-    s3_secure: bool = Field(default=False, description="Whether the object store is reached by TLS.")
     download_url_ttl_s: int = Field(default=3_600, gt=0, le=7 * 86_400, description="Seconds that a presigned download URL is good for.")
     evaluations_at_once: int = Field(default=1, gt=0, description="How many evaluations this process does at the same time.")
     job_lease_s: float = Field(default=30, gt=0, description="Seconds after which the evaluation of a process that died is taken over.")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from artifacts import S3Location
 from artifacts.s3 import S3Store
 from contracts.tracker.v1 import service_pb2_grpc
 from eventing import schema as eventing_schema
@@ -37,16 +36,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
     outbox = Outbox(eventing_schema.tables(SCHEMA))
     store = SqlStore(engine, outbox, EventEncoder(clock, ids))
-    objects = S3Store(
-        S3Location(
-            endpoint=settings.s3_endpoint,
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key.get_secret_value(),
-            bucket=settings.s3_bucket,
-            secure=settings.s3_secure,
-            public_endpoint=settings.s3_public_endpoint or None,
-        )
-    )
+    objects = S3Store(settings.s3)
     tracker = Tracker(
         store,
         clock,

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from artifacts import ArtifactStore, S3Location
+from artifacts import ArtifactStore
 from artifacts.s3 import S3Store
 from contracts.registry.v1 import service_pb2_grpc as registry_pb2_grpc
 from contracts.tracker.v1 import service_pb2_grpc as tracker_pb2_grpc
@@ -53,7 +53,7 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     queue = JobQueue(engine, SCHEMA, clock, ids)
     outbox = Outbox(eventing_schema.tables(SCHEMA))
     store = SqlStore(engine, queue, outbox, EventEncoder(clock, ids))
-    trainer = _trainer(settings, store, _objects(settings), clock, ids)
+    trainer = _trainer(settings, store, S3Store(settings.s3), clock, ids)
     attempts = Attempts(trainer, store, _state_dir(settings))
     folder = StateFolder(_state_dir(settings))
     worker = Worker(
@@ -91,7 +91,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
         stack.push_async_callback(engine.dispose)
         queue = JobQueue(engine, SCHEMA, clock, ids)
         store = SqlStore(engine, queue, Outbox(eventing_schema.tables(SCHEMA)), EventEncoder(clock, ids))
-        objects = _objects(settings)
+        objects = S3Store(settings.s3)
         trainer = _trainer(settings, store, objects, clock, ids)
         channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
         stack.push_async_callback(channel.close)
@@ -133,19 +133,6 @@ def _trainer(settings: TrainerSettings, store: SqlStore, objects: ArtifactStore,
         max_attempts=settings.max_attempts,
         max_source_bytes=settings.max_source_bytes,
         url_ttl_s=_URL_TTL_S,
-    )
-
-
-def _objects(settings: TrainerSettings) -> ArtifactStore:
-    return S3Store(
-        S3Location(
-            endpoint=settings.s3_endpoint,
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key.get_secret_value(),
-            bucket=settings.s3_bucket,
-            secure=settings.s3_secure,
-            public_endpoint=settings.s3_public_endpoint or None,
-        )
     )
 
 

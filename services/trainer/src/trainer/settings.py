@@ -5,27 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, SecretStr
-from servicekit.settings import ServiceSettings
+from artifacts.settings import PresigningSettings
+from pydantic import Field
 
 
-class TrainerSettings(ServiceSettings):
+class TrainerSettings(PresigningSettings):
     service_name: ClassVar[str] = "trainer"
 
-    tracker_address: str = Field(default="127.0.0.1:9101", description="The tracker's gRPC address, `host:port`.")
+    tracker_address: str = Field(default="127.0.0.1:7001", description="The tracker's gRPC address, `host:port`.")
     public_url: str = Field(default="http://127.0.0.1:8080", description="The gateway's URL, as training scripts reach it.")
     state_dir: Path = Field(
         default=Path(".headrace/trainer"),
         description="Folder of logs, running attempts and installed packages. One trainer at a time may use it.",
     )
-    s3_endpoint: str = Field(default="127.0.0.1:9000", description="The object store as this service reaches it, `host:port`.")
-    s3_public_endpoint: str = Field(
-        default="", description="The object store as clients reach it, `host:port`, in presigned URLs; empty: the same."
-    )
-    s3_access_key: str = Field(default="", description="Access key of the object store.")
-    s3_secret_key: SecretStr = Field(default=SecretStr(""), description="Secret key of the object store.")
-    s3_bucket: str = Field(default="headrace", description="Bucket of all artifacts.")
-    s3_secure: bool = Field(default=False, description="Whether the object store is reached by TLS.")
     training_slots: int = Field(default=1, gt=0, description="Trainings that run at once.")
     default_memory_bytes: int = Field(default=4 * 1024**3, gt=0, description="Resident memory of a training that asks for none.")
     default_disk_bytes: int = Field(default=2 * 1024**3, gt=0, description="Space for files of a training that asks for none.")
