@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,7 +22,10 @@ from contracts.trainer.v1 import service_pb2 as trainer_pb
 from contracts.trainer.v1 import service_pb2_grpc as trainer_grpc
 from gateway.control.app import create_app
 from gateway.control.peers import connect
-from servicekit import rpc
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
+from servicekit import rpc, telemetry
 from servicekit.access import Caller, Rule, current_caller, new_service_token
 from servicekit.errors import AlreadyExists, NotFound, Unauthenticated, Unavailable
 from servicekit.settings import ServiceSettings
@@ -134,7 +137,7 @@ def authenticate(token: str) -> Caller:
 async def serving(adders: Mapping[str, tuple[Any, object]]) -> AsyncIterator[str]:
     settings = ServiceSettings(service_token_hashes=f"gateway={TOKEN_HASH}")
     methods = {
-        f"/{name}/{method.name}": Rule(services={"gateway"})
+        f"/{name}/{method.name}": Rule(services={"gateway"}, roles={"viewer", "editor"})
         for name in adders
         for method in rpc._descriptors().FindServiceByName(name).methods
     }
@@ -314,3 +317,63 @@ async def test_the_api_describes_itself_to_anybody(api: httpx.AsyncClient) -> No
     described = (await api.get("/api/v1/openapi.json", headers={"authorization": ""})).json()
     answer = described["paths"]["/api/v1/rollouts/{rollout_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert "rollout" in answer["properties"]
+
+
+@pytest.fixture(params=[1.0, 0.0], ids=["sampled", "not sampled"])
+def exported(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[ReadableSpan]]]:
+    """The spans that have ended, those of the API first."""
+    exporter = InMemorySpanExporter()
+    active = telemetry.setup("gateway", ServiceSettings(trace_sample_ratio=request.param), span_exporters=[exporter])
+    yield lambda: sorted(exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
+    active.shutdown()
+
+
+CALLER = "00-0123456789abcdef0123456789abcdef-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name", "status", "error"),
+    [
+        ("GET", "/api/v1/runs/7f7f?x=7f7f", "GET /api/v1/runs/{run_id}", 200, None),
+        ("GET", "/api/v1/trainings/t1/log", "GET /api/v1/trainings/{training_id}/log", 200, None),
+        ("GET", "/api/v1/trainings/7f7f", "GET /api/v1/trainings/{training_id}", 404, "NotFound"),
+        ("POST", "/api/v1/runs?x=7f7f", "POST /api/v1/runs", 400, None),
+        ("DELETE", "/api/v1/runs", "DELETE /api/v1/runs", 405, None),
+        ("GET", "/api/v1/7f7f", "GET", 404, None),
+        ("7F7F", "/api/v1/runs", "HTTP", 405, None),
+        ("GET", "/api/v1/runs/down", "GET /api/v1/runs/{run_id}", 503, "Unavailable"),
+        ("GET", "/api/v1/runs/bug", "GET /api/v1/runs/{run_id}", 500, "Internal"),
+    ],
+)
+async def test_a_request_is_a_span_above_the_calls_that_it_causes(
+    exported: Callable[[], list[ReadableSpan]], api: httpx.AsyncClient, method: str, path: str, name: str, status: int, error: str | None
+) -> None:
+    answer = await api.request(method, path, headers={"traceparent": CALLER})
+    assert answer.status_code == status
+    top, *below = exported()
+    attributes = dict(top.attributes or {})
+    assert (top.name, top.kind, attributes["http.response.status_code"]) == (name, SpanKind.SERVER, status)
+    assert attributes.get("error.type") == error
+    assert attributes.get("http.route") == (name.partition(" ")[2] or None)
+    assert top.parent is not None
+    assert f"00-{top.parent.trace_id:032x}-{top.parent.span_id:016x}-01" == CALLER
+    assert all(span.context.trace_id == top.context.trace_id for span in below if span.context and top.context)
+    for call in [span for span in below if span.kind is SpanKind.CLIENT]:
+        assert call.parent is not None
+        assert call.parent.span_id == (top.context.span_id if top.context else 0)
+    assert bool(below) == (status not in (400, 405) and path != "/api/v1/7f7f"), "what reached a service has a span below"
+    assert "7f7f" not in "".join(span.to_json().lower() for span in exported())
+    if status == 500:
+        assert attributes["headrace.error_id"] == answer.json()["error"]["error_id"]
+
+
+async def test_nobody_without_a_key_joins_a_call_and_an_error_leaves_a_span_in_any_case(
+    exported: Callable[[], list[ReadableSpan]], api: httpx.AsyncClient, request: pytest.FixtureRequest
+) -> None:
+    sampled = "not sampled" not in request.node.name
+    assert (await api.get("/api/v1/runs/x", headers={"authorization": ""})).status_code == 401
+    assert [(span.name, (span.attributes or {})["error.type"]) for span in exported()] == [("GET", "Unauthenticated")] * sampled
+    assert (await api.get("/api/v1/runs/down")).status_code == 503
+    (failed,) = [span for span in exported() if span.name == "GET /api/v1/runs/{run_id}"]
+    assert failed.parent is None
+    assert dict(failed.attributes or {})["http.response.status_code"] == 503

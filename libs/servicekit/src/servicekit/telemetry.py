@@ -216,8 +216,16 @@ class OpenSpan:
         made = [link for link in (link_to(one) if isinstance(one, str) else one for one in links) if link is not None]
         self._parent = otel_context.get_current() if parent is None else parent
         self._again = {"name": name, "kind": kind, "links": made, "start_time": time.time_ns()}
-        self._attributes = attributes or {}
+        self._attributes = dict(attributes or {})
         self.span = self._start(self._attributes)
+
+    def tell(self, attributes: Mapping[str, AttributeValue], *, name: str = "") -> None:
+        """Adds what was not known at the start, and gives the span another name if one is given."""
+        self._attributes.update(attributes)
+        self.span.set_attributes(attributes)
+        if name:
+            self._again["name"] = name
+            self.span.update_name(name)
 
     def end(self, error: BaseException | None = None) -> None:
         """Ends the span; with an error as the head of this file says."""

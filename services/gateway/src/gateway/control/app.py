@@ -1,4 +1,4 @@
-"""Puts the control-plane API together: authentication before everything, one error table, the routers."""
+"""Puts the control-plane API together: one span per request, authentication before everything, one error table, the routers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from servicekit.access import Caller, as_caller
 from starlette.exceptions import HTTPException
 
 from gateway.control import deliveries, models, operations, rollouts, runs, traces, trainings
+from gateway.control.spans import server_span
 
 if TYPE_CHECKING:
     from fastapi import Request
+    from fastapi.telemetry import TelemetryConfig
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from gateway.control.peers import Peers
     from gateway.control.traces import SpanSource
+
+_PREFIX = "/api/v1"
+_OPENAPI = f"{_PREFIX}/openapi.json"
+
+_NOT_ITS_OWN: TelemetryConfig = {"tracing": False, "logs": False}
+"""FastAPI's own spans hold paths and query strings, its logs what exceptions say; its metrics name routes only, and stay."""
 
 Authenticate = Callable[[str], Caller]
 """Bearer token -> who it is. Raises Unauthenticated."""
@@ -30,11 +38,11 @@ def create_app(peers: Peers, authenticate: Authenticate, spans: SpanSource | Non
 
     Who may do what is decided by the services themselves, each by its access table: the caller's identity goes with every call.
     """
-    app = FastAPI(title="Headrace", version="1", docs_url=None, redoc_url=None, openapi_url="/api/v1/openapi.json")
+    app = FastAPI(title="Headrace", version="1", docs_url=None, redoc_url=None, openapi_url=_OPENAPI, telemetry=_NOT_ITS_OWN)
     app.state.peers = peers
     app.state.spans = spans
     for router in (runs.router, trainings.router, deliveries.router, models.router, rollouts.router, operations.router, traces.router):
-        app.include_router(router, prefix="/api/v1")
+        app.include_router(router, prefix=_PREFIX)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -54,14 +62,14 @@ def create_app(peers: Peers, authenticate: Authenticate, spans: SpanSource | Non
 
 
 class _Boundary:
-    """The entry point: knows who is calling, acts for them towards the services, and turns every error into HTTP."""
+    """The entry point: traces the request, knows who is calling, acts for them towards the services, and turns every error into HTTP."""
 
     def __init__(self, app: ASGIApp, authenticate: Authenticate) -> None:
         self._app = app
         self._authenticate = authenticate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/api/v1/openapi.json":
+        if scope["type"] != "http" or scope["path"] == _OPENAPI:
             await self._app(scope, receive, send)
             return
         begun = False
@@ -69,16 +77,22 @@ class _Boundary:
         async def watched(message: Message) -> None:
             nonlocal begun
             begun = True
+            if message["type"] == "http.response.start":
+                answered.status = message["status"]
             await send(message)
 
         try:
-            caller = self._authenticate(_bearer(scope))
-            with as_caller(caller), rpc.acting_for(caller):
-                await self._app(scope, receive, watched)
-        except Exception as error:
-            status, body = errors.http_error(_told(error))
+            with server_span(scope, _PREFIX) as answered:
+                try:
+                    caller = self._authenticate(_bearer(scope))
+                    with as_caller(caller), rpc.acting_for(caller):
+                        await self._app(scope, receive, watched)
+                except Exception as error:  # explained within the span, so that span, log and answer name the same error
+                    raise errors.explain(_told(error)) from error
+        except errors.HeadraceError as error:
             if begun:  # too late for a status: the connection is cut instead, so that nobody takes half an answer for a whole one
                 raise
+            status, body = errors.http_error(error)
             headers = {"www-authenticate": "Bearer"} if status == 401 else {}
             await JSONResponse(body, status_code=status, headers=headers)(scope, receive, send)
 
