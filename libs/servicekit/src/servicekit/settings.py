@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "HEADRACE_"
@@ -126,7 +125,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True, validated_data={})
-    if default is PydanticUndefined or default is None:
+    if default is None:
         return ""
     value = default.get_secret_value() if isinstance(default, SecretStr) else default
     return f"`{value}`" if value != "" else ""
