@@ -167,10 +167,12 @@ class BrokerContract:
         reader = broker.reader([topic])
         for partition in await self.opened(reader, stack):
             reader.seek(partition, 0)
-        polling = asyncio.create_task(self.read(reader, 1))
-        await asyncio.sleep(0.05)
+        polling = asyncio.create_task(reader.poll(100, 10 * DEADLINE_S))
+        await asyncio.sleep(0)
+        assert not polling.done()
         await producer.send([record(topic, "a")])
-        assert len(await polling) == 1
+        async with asyncio.timeout(DEADLINE_S):  # long before the poll itself would end
+            assert len((await polling).records) == 1
 
     async def test_an_offset_that_is_not_there_is_an_error(self, broker, topic, producer, stack):
         await producer.send([record(topic, "a")])

@@ -191,12 +191,21 @@ async def test_a_running_job_is_cancelled_at_any_time(queue: JobQueue, notified:
 
 
 async def test_leases_are_kept_while_a_handler_works(queue: JobQueue) -> None:
-    """Three times the lease, and another worker that would take the job."""
+    """Twice the lease after the first one is over, beside another worker that would take the job."""
     attempts: list[int] = []
 
     async def handler(job: Job, ctx: JobContext) -> None:
         attempts.append(job.attempt)
-        await asyncio.sleep(1.5)
+        async with queue.engine.connect() as conn:
+            first = await conn.scalar(text("SELECT lease_until FROM svc.job"))
+
+        async def long_over() -> bool:
+            async with queue.engine.connect() as conn:
+                return bool(
+                    await conn.scalar(text("SELECT clock_timestamp() > CAST(:first AS timestamptz) + interval '1 s'"), {"first": first})
+                )
+
+        await until(long_over)
 
     async with working(queue, handler, lease_s=0.5), working(queue, handler, lease_s=0.5):
         record = await ended(queue, await add(queue))

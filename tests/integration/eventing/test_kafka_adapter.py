@@ -124,7 +124,7 @@ async def test_a_write_that_the_broker_refuses_is_not_acknowledged(stack_servers
         await producer.stop()
 
 
-async def test_a_producer_ends_with_its_connection_and_sends_nothing_later(own_kafka):
+async def test_a_producer_ends_with_its_connection_and_sends_nothing_later(own_kafka, until):
     """What was in flight must not reach whichever broker answers later: it may be another one."""
     kafka = own_kafka()
     broker = KafkaBroker(kafka.bootstrap, "test")
@@ -134,7 +134,12 @@ async def test_a_producer_ends_with_its_connection_and_sends_nothing_later(own_k
     assert list(await producer.send([Record("t", b"k", b"1", (), 1)])) == [None]
     kafka.child._popen.send_signal(signal.SIGSTOP)  # it accepts, and does not answer
     sending = asyncio.create_task(producer.send([Record("t", b"k", b"2", (), 1)], timeout_s=60))
-    await asyncio.sleep(0.2)
+    connections = producer._producer.client._conns
+
+    def unanswered():
+        return {type(request).__name__ for connection in connections.values() for _, request, _ in connection._requests}
+
+    await until(lambda: any(name.startswith("ProduceRequest") for name in unanswered()))
     await asyncio.to_thread(kafka.child.kill)
     async with asyncio.timeout(5):
         (outcome,) = await sending

@@ -444,8 +444,7 @@ async def test_stopping_finishes_what_is_being_answered(make_gateway: MakeGatewa
     busy.send(request())
     whole = request()
     half.send(whole[:60])
-    await until(lambda: len(runtime.seen) == 2 and len(gateway.plane.connections) == 3)
-    await asyncio.sleep(0.05)
+    await until(lambda: len(runtime.seen) == 2 and any(one._fed == 60 for one in gateway.plane.connections), "half a head has come")
     stopping = asyncio.create_task(gateway.server.stop())
     assert await idle.rest() == b""
     runtime.behave = lambda seen: Answer()
