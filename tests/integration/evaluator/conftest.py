@@ -170,7 +170,7 @@ class Evaluator:
         pq.write_table(pa.table({"x": X, "kind": KINDS, "late": LABELS}), file)
         blob = await self.put(file.getvalue())
         self.holdout = model_pb2.DatasetRef(name="april", version=3, sha256=blob.sha256)
-        self.datasets.known["april", 3] = tracker_service_pb.Dataset(ref=self.holdout, blob=blob)
+        self.datasets.known["april", 3] = tracker_service_pb.Dataset(ref=self.holdout, blob=blob, holdout=True)
 
     async def apply(self, revision: int = 1, **section: Any) -> None:
         """A delivery that claims the experiment `flights`."""

@@ -18,7 +18,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from servicekit import access, rpc, telemetry
-from servicekit.access import Caller, Rule
+from servicekit.access import ANYONE, Caller, Rule
 from servicekit.errors import (
     Conflict,
     DeadlineExceeded,
@@ -41,8 +41,8 @@ GATEWAY_TOKEN, GATEWAY_HASH = access.new_service_token("gateway")
 TRACKER_TOKEN, TRACKER_HASH = access.new_service_token("tracker")
 
 RULES = {
-    GET: Rule(services={"gateway", "tracker"}),
-    SUBMIT: Rule(services={"gateway"}, roles={"editor"}),
+    GET: Rule(services={"gateway", "tracker"}, roles=ANYONE),
+    SUBMIT: Rule(services={"gateway"}, roles={"editor"}, runs=True),
     STREAM: Rule(services={"tracker"}),
 }
 
@@ -162,7 +162,7 @@ async def test_what_has_no_rule_is_denied(trainer: FakeTrainer, caplog: pytest.L
 
 
 async def test_a_rule_for_a_method_that_does_not_exist_stops_the_start(trainer: FakeTrainer) -> None:
-    server = rpc.Server("127.0.0.1:0", settings(), {f"/{SERVICE}/GetTrainnig": Rule(services={"gateway"})})
+    server = rpc.Server("127.0.0.1:0", settings(), {f"/{SERVICE}/GetTrainnig": Rule(services={"gateway"}, roles=ANYONE)})
     server.add(pb_grpc.add_TrainerServiceServicer_to_server, trainer, SERVICE)
     with pytest.raises(ValueError, match="GetTrainnig"):
         await server.start()

@@ -232,6 +232,42 @@ async def test_a_data_set_is_uploaded_registered_and_read_by_version(running: An
             await stub.StartUpload(pb.StartUploadRequest(dataset="flights", size_bytes=1, sha256="0" * 64))
 
 
+async def test_a_holdout_is_kept_from_runs(running: Any) -> None:
+    stub = running.stub("gateway")
+    with rpc.acting_for(ADA):
+        exam, _ = await put(stub, b"april", dataset="exam")
+        register = pb.RegisterDatasetRequest(name="exam", upload_id=exam, holdout=True)
+        holdout = (await stub.RegisterDataset(register)).dataset
+        assert holdout.holdout
+        assert (await stub.RegisterDataset(register)).dataset == holdout
+        with pytest.raises(Conflict, match="exam version 1 has this content and is a holdout, which never changes"):
+            await stub.RegisterDataset(pb.RegisterDatasetRequest(name="exam", upload_id=exam))
+        copied, _ = await put(stub, b"april", dataset="copy")
+        copy = (await stub.RegisterDataset(pb.RegisterDatasetRequest(name="copy", upload_id=copied))).dataset
+        assert not copy.holdout
+        with pytest.raises(Conflict, match="copy version 1 has this content and is not a holdout"):
+            await stub.RegisterDataset(pb.RegisterDatasetRequest(name="copy", upload_id=copied, holdout=True))
+        march, _ = await put(stub, b"march", dataset="exam")  # another version of the same data set may be read
+        rows = (await stub.RegisterDataset(pb.RegisterDatasetRequest(name="exam", upload_id=march))).dataset
+        assert [(one.ref.version, one.holdout) for one in (await stub.ListDatasets(pb.ListDatasetsRequest())).datasets] == [
+            (1, False),
+            (2, False),
+            (1, True),
+        ]
+        download = await stub.GetDownload(pb.GetDownloadRequest(dataset=holdout.ref))
+        assert await fetch(download.url) == b"april"  # people may
+        run = await stub.CreateRun(pb.CreateRunRequest())
+    with rpc.acting_for(Caller("gateway", "run", frozenset(), run.run.run_id, 0)):
+        for kept in (holdout.ref, copy.ref):  # what counts is the content, not the name
+            with pytest.raises(Forbidden, match="exam version 1 is a holdout: models are judged on it, so no run may read it"):
+                await stub.GetDownload(pb.GetDownloadRequest(dataset=kept))
+            with pytest.raises(Conflict, match=r"exam version 1 is a holdout.*; train on other rows"):
+                await stub.LogInputs(pb.LogInputsRequest(run_id=run.run.run_id, inputs=[kept]))
+        await stub.LogInputs(pb.LogInputsRequest(run_id=run.run.run_id, inputs=[rows.ref]))
+        assert await fetch((await stub.GetDownload(pb.GetDownloadRequest(dataset=rows.ref))).url) == b"march"
+        assert (await stub.GetDataset(pb.GetDatasetRequest(name="exam", version=1))).dataset.holdout  # that there is one is no secret
+
+
 async def test_who_may_not_is_told_so(running: Any) -> None:
     with pytest.raises(Unauthenticated):
         await running.stub("mallory").GetExperiment(pb.GetExperimentRequest())
@@ -251,19 +287,20 @@ async def test_who_may_not_is_told_so(running: Any) -> None:
 
 
 async def test_pages_follow_one_another_and_a_foreign_token_is_refused(running: Any) -> None:
-    stub = running.stub("trainer")
+    trainer, stub = running.stub("trainer"), running.stub("gateway")
     for n in range(5):
-        await stub.CreateRun(pb.CreateRunRequest(name=f"r{n}", started_ms=n + 1))
+        await trainer.CreateRun(pb.CreateRunRequest(name=f"r{n}", started_ms=n + 1))
     names, token = [], ""
     while True:
-        page = await stub.ListRuns(pb.ListRunsRequest(page_size=2, page_token=token))
+        with rpc.acting_for(ADA):
+            page = await stub.ListRuns(pb.ListRunsRequest(page_size=2, page_token=token))
         names += [run.name for run in page.runs]
         if not (token := page.next_page_token):
             break
         last = token
     assert names == ["r4", "r3", "r2", "r1", "r0"]
     for wrong in ("nonsense", last):
-        with pytest.raises(Invalid, match="page_token"):
+        with rpc.acting_for(ADA), pytest.raises(Invalid, match="page_token"):
             await stub.ListExperiments(pb.ListExperimentsRequest(page_token=wrong))
 
 

@@ -160,7 +160,7 @@ class World:
         file = io.BytesIO()
         pq.write_table(table if table is not None else pa.table({"x": X, "late": LABELS}), file)
         blob = await self.put(file.getvalue())
-        self.datasets.stored = StoredHoldout(DataVersion("april", 1, blob.sha256), blob.key, blob.size_bytes)
+        self.datasets.stored = StoredHoldout(DataVersion("april", 1, blob.sha256), blob.key, blob.size_bytes, marked=True)
 
     async def run(self, data: bytes = b"1.0", run_id: str = "r" * 32, samples: Any = None, **changes: Any) -> FinishedRun:
         logged = samples if samples is not None else {"inputs": {"x": [1.0, 2.0]}, "outputs": {"p": [1.0, 2.0]}}
@@ -382,7 +382,7 @@ async def test_truth_values_are_labels_too() -> None:
 
 async def test_a_holdout_that_is_no_parquet_file(world: World) -> None:
     blob = await world.put(b"a,b\n1,2\n")
-    world.datasets.stored = StoredHoldout(DataVersion("april", 1, blob.sha256), blob.key, blob.size_bytes)
+    world.datasets.stored = StoredHoldout(DataVersion("april", 1, blob.sha256), blob.key, blob.size_bytes, marked=True)
     assert "not a Parquet file" in (await world.evaluated(await world.run())).reason
 
 
@@ -392,6 +392,16 @@ async def test_a_holdout_that_does_not_exist_or_is_too_large(world: World) -> No
     assert "the most that is read" in (await world.evaluated(await world.run(b"1.0"))).reason
     world.datasets.stored = None
     assert "april version 1 does not exist" in (await world.evaluated(await world.run(b"1.1", run_id="s" * 32))).reason
+
+
+async def test_nothing_is_judged_on_rows_that_trainings_may_have_read(world: World) -> None:
+    assert world.datasets.stored is not None
+    world.datasets.stored = replace(world.datasets.stored, marked=False)
+    judged = await world.evaluated(await world.run())
+    assert (judged.status, judged.reason) == (
+        Status.FAILED,
+        "april version 1 was not registered as a holdout: trainings may have read it",
+    )
 
 
 async def test_what_may_pass_is_raised_and_given_up_in_the_end(world: World) -> None:

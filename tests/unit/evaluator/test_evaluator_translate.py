@@ -36,9 +36,11 @@ from evaluator.domain.evaluation import (
 from evaluator.domain.policy import parse
 from evaluator.entrypoints import translate
 from evaluator.entrypoints.grpc import EvaluatorServicer, SectionServicer
+from evaluator.handlers import Holdouts
+from evaluator.ports import StoredHoldout
 from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.clock import FakeClock, SequentialIds
-from servicekit.errors import Invalid
+from servicekit.errors import Invalid, NotFound
 
 NOW = datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 SHA = "ab" * 32
@@ -238,20 +240,45 @@ async def test_pages_follow_one_another_to_the_end() -> None:
 SECTION = {"experiment": "e", "holdout": {"dataset": "d", "version": 1}, "metric": {"name": "auc"}, "require": ["auc.at_least 0.6"]}
 
 
-async def validate(section: object, previous: object = None, name: str = "evaluate") -> registry_service_pb.ValidateSectionResponse:
+class DataSets:
+    """Knows the version 1 of d."""
+
+    marked = True
+
+    async def find(self, name: str, version: int) -> StoredHoldout:
+        if (name, version) != ("d", 1):
+            raise NotFound("none")
+        return StoredHoldout(DataVersion(name, version, "a" * 64), "key", 1, self.marked)
+
+
+async def validate(
+    section: object, previous: object = None, name: str = "evaluate", datasets: DataSets | None = None
+) -> registry_service_pb.ValidateSectionResponse:
     request = registry_service_pb.ValidateSectionRequest(
         delivery="d",
         section=name,
         section_json=section if isinstance(section, str) else json.dumps(section),
         previous_json="" if previous is None else json.dumps(previous),
     )
-    return await SectionServicer().ValidateSection(request, None)
+    return await SectionServicer(Holdouts(datasets or DataSets())).ValidateSection(request, None)
 
 
 async def test_a_section_is_validated_field_by_field() -> None:
     assert not (await validate(SECTION)).violations
     wrong = await validate(SECTION | {"require": ["auc.at_least 0.6", "nonsense"]})
     assert [one.field for one in wrong.violations] == ["evaluate.require[1]"]
+
+
+async def test_a_holdout_has_to_be_one() -> None:
+    unmarked = DataSets()
+    unmarked.marked = False
+    (wrong,) = (await validate(SECTION, SECTION, datasets=unmarked)).violations
+    assert wrong.field == "evaluate.holdout.dataset"
+    assert "d version 1 is no holdout" in wrong.message
+    assert "headrace data push NAME FILE --holdout" in wrong.message
+    (missing,) = (await validate(SECTION | {"holdout": {"dataset": "d", "version": 2}})).violations
+    assert missing.field == "evaluate.holdout.version"
+    assert "headrace data push d FILE --holdout" in missing.message
 
 
 async def test_a_looser_section_is_told() -> None:

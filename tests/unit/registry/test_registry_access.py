@@ -87,11 +87,12 @@ def test_roles(method: str, role: str, allowed: bool) -> None:
             authorize(full, caller, ACCESS)
 
 
-def test_a_run_token_and_another_service_change_nothing() -> None:
+def test_a_run_token_and_another_service_have_no_business_here() -> None:
     for caller in (Caller("gateway", "run", frozenset(), run_id="r"), Caller("evaluator")):
         with pytest.raises(Forbidden):
             authorize("/headrace.registry.v1.RegistryService/PromoteModel", caller, ACCESS)
-    authorize("/headrace.registry.v1.RegistryService/GetVersion", Caller("evaluator"), ACCESS)
+        with pytest.raises(Forbidden):
+            authorize("/headrace.registry.v1.RegistryService/GetVersion", caller, ACCESS)
 
 
 def test_every_error_of_the_domain_has_its_kind() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from servicekit import access, runtoken
-from servicekit.access import Caller, Rule
+from servicekit.access import ANYONE, Caller, Rule
 from servicekit.clock import SequentialIds, SystemIds
 from servicekit.errors import Forbidden, Unauthenticated
 
@@ -81,6 +82,47 @@ def test_the_table_decides(method: str, caller: Caller, allowed: bool) -> None:
     else:
         with pytest.raises(Forbidden):
             access.authorize(method, caller, TABLE)
+
+
+VIA_GATEWAY = {"gateway", "trainer"}
+PERSON, NOBODY_SPECIAL = Caller("gateway", "ann", frozenset({"viewer"})), Caller("gateway", "bob")
+RUN = Caller("gateway", "run:r", run_id="r", fencing_token=1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "admitted"),
+    [
+        (Rule(VIA_GATEWAY), []),  # says nothing of people, so none may
+        (Rule(VIA_GATEWAY, {"viewer"}), [PERSON]),
+        (Rule(VIA_GATEWAY, ANYONE), [PERSON, NOBODY_SPECIAL]),
+        (Rule(VIA_GATEWAY, runs=True), [RUN]),
+        (Rule(VIA_GATEWAY, ANYONE, runs=True), [PERSON, NOBODY_SPECIAL, RUN]),
+    ],
+)
+def test_a_rule_lets_in_whom_it_names(rule: Rule, admitted: list[Caller]) -> None:
+    assert [caller for caller in (PERSON, NOBODY_SPECIAL, RUN) if rule.admits(caller)] == admitted
+    for caller in (PERSON, NOBODY_SPECIAL, RUN):
+        if caller in admitted:
+            access.authorize(METHOD, caller, {METHOD: rule})
+        else:
+            with pytest.raises(Forbidden):
+                access.authorize(METHOD, caller, {METHOD: rule})
+    assert rule.admits(Caller("trainer"))
+    assert not rule.admits(Caller("gateway"))  # on nobody's behalf
+    assert not rule.admits(Caller("gateway", "", frozenset({"viewer", "anyone"})))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"services": {"gateway"}, "roles": {"edtior"}},
+        {"services": {"registry"}, "roles": {"viewer"}},
+        {"services": {"registry"}, "runs": True},
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        Rule(**wrong)
 
 
 def test_require_role_lets_services_pass_and_checks_users() -> None:

@@ -7,12 +7,22 @@ from typing import Any
 
 import grpc
 from contracts.eventing.v1 import service_pb2, service_pb2_grpc
-from servicekit.access import current_caller
+from servicekit.access import EVERY_ROLE, AccessTable, Rule, current_caller
 from servicekit.errors import Invalid, Violation
 
 from eventing.dlq import DeadLetter, DeadLetters
 
 SERVICE = "headrace.eventing.v1.DeadLetterService"
+
+_ADMIN = Rule({"gateway"}, {"admin"})
+
+ACCESS: AccessTable = {
+    f"/{SERVICE}/ListDeadLetters": Rule({"gateway"}, EVERY_ROLE),  # a list holds no payload
+    f"/{SERVICE}/GetDeadLetter": _ADMIN,
+    f"/{SERVICE}/ReplayDeadLetters": _ADMIN,
+    f"/{SERVICE}/DropDeadLetter": _ADMIN,
+}
+"""Who may do what with dead letters, in every service that serves them."""
 
 _log = logging.getLogger(__name__)
 

@@ -47,16 +47,44 @@ class Caller:
         return self.subject or f"service:{self.service}"
 
 
+EVERY_ROLE = frozenset({"viewer", "editor", "approver", "admin"})
+"""All roles that a person can have. One who has none may use endpoints for inference, and nothing that asks for a role."""
+
+ANYONE = frozenset({"anyone"})
+"""As the roles of a rule: any signed-in person, with or without a role. Not a run token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Which services may call a method and, for calls that come through the gateway, which roles (empty: any identified user)."""
+    """Who may call a method: which services; of people, who come through the gateway, which roles (none: no person), or `ANYONE`;
+    and whether run tokens may, which have no role.
+
+    Raises ValueError for a role that does not exist, and for people or run tokens where the gateway, through which they come, may not.
+    """
 
     services: AbstractSet[str]
     roles: AbstractSet[str] = frozenset()
+    runs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "services", frozenset(self.services))
         object.__setattr__(self, "roles", frozenset(self.roles))
+        if unknown := sorted(self.roles - EVERY_ROLE - ANYONE):
+            raise ValueError(f"there is no role {', '.join(unknown)}")
+        if (self.roles or self.runs) and GATEWAY not in self.services:
+            raise ValueError("people and run tokens come through the gateway, which this rule does not let in")
+
+    def admits(self, caller: Caller) -> bool:
+        """Whether this caller may call the method."""
+        if caller.service not in self.services:
+            return False
+        if caller.service != GATEWAY:
+            return True
+        if not caller.subject:
+            return False
+        if caller.run_id is not None:
+            return self.runs
+        return self.roles >= ANYONE or not self.roles.isdisjoint(caller.roles)
 
 
 AccessTable = Mapping[str, Rule]
@@ -150,16 +178,19 @@ def identity_metadata(caller: Caller) -> list[tuple[str, str]]:
 
 
 def authorize(method: str, caller: Caller, table: AccessTable) -> None:
-    """Raises Forbidden unless a rule lets this caller call this method."""
+    """Raises Forbidden, with the reason, unless a rule lets this caller call this method."""
     rule = table.get(method)
+    if rule is not None and rule.admits(caller):
+        return
     if rule is None or caller.service not in rule.services:
         raise Forbidden(f"{caller.service} may not call {method}")
-    if caller.service != GATEWAY:
-        return
     if not caller.subject:
         raise Forbidden(f"{method} needs an end user")
-    if rule.roles:
-        require_role(caller, *rule.roles)
+    if caller.run_id is not None:
+        raise Forbidden(f"{method} is not for run tokens")
+    if not rule.roles:
+        raise Forbidden(f"{method} is not for people")
+    raise Forbidden(f"{caller.name} needs the role {' or '.join(sorted(rule.roles))}")
 
 
 def require_role(caller: Caller, *roles: str) -> None:

@@ -36,7 +36,7 @@ from evaluator.entrypoints.consumer import NAME, TOPICS, Events
 from evaluator.entrypoints.grpc import ACCESS, DEAD_LETTERS, SECTIONS, SERVICE, EvaluatorServicer, SectionServicer
 from evaluator.entrypoints.translate import EventEncoder
 from evaluator.entrypoints.work import Jobs
-from evaluator.handlers import Evaluations, Evaluator, Intake
+from evaluator.handlers import Evaluations, Evaluator, Holdouts, Intake
 from evaluator.settings import EvaluatorSettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
@@ -59,10 +59,11 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     consumer = Consumer(engine, SCHEMA, broker, NAME, TOPICS, events.handlers(), settings.topic_prefix, outbox)
 
     limits = Limits(memory_bytes=settings.worker_memory_bytes, timeout_s=settings.worker_timeout_s)
+    datasets = TrackerDatasets(channel)
     evaluator = Evaluator(
         store,
         objects,
-        TrackerDatasets(channel),
+        datasets,
         ParquetHoldout(),
         SandboxPredictor(limits, isolated=settings.sandbox == "namespaces"),
         Reports(),
@@ -83,7 +84,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     server = rpc.Server(settings.grpc_address, settings, ACCESS)
     evaluations = Evaluations(store, objects, url_ttl_s=settings.download_url_ttl_s)
     server.add(service_pb2_grpc.add_EvaluatorServiceServicer_to_server, EvaluatorServicer(evaluations), SERVICE)
-    server.add(registry_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(), SECTIONS)
+    server.add(registry_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(Holdouts(datasets)), SECTIONS)
     letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
     server.add(eventing_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
     return [

@@ -16,7 +16,7 @@ from typing import Any
 from artifacts import ArtifactStore
 from artifacts.blobs import blob_key
 from servicekit.clock import Clock, Ids
-from servicekit.errors import Invalid, NotFound, Unavailable
+from servicekit.errors import Invalid, NotFound, Unavailable, Violation
 
 from evaluator.domain.candidate import Blob, Candidate, FinishedRun, Model, NotACandidate, choose
 from evaluator.domain.evaluation import (
@@ -35,7 +35,7 @@ from evaluator.domain.evaluation import (
     unfit_scores,
 )
 from evaluator.domain.parity import largest_difference
-from evaluator.domain.policy import Policy
+from evaluator.domain.policy import Holdout, Policy
 from evaluator.ports import (
     Claims,
     Datasets,
@@ -269,6 +269,8 @@ class Evaluator:
             stored = await self._datasets.find(wanted.dataset, wanted.version)
         except NotFound as error:
             raise Unjudgeable(f"the holdout {wanted.dataset} version {wanted.version} does not exist") from error
+        if not stored.marked:
+            raise Unjudgeable(f"{wanted.dataset} version {wanted.version} was not registered as a holdout: trainings may have read it")
         if stored.size_bytes > self._max_holdout_bytes:
             raise Unjudgeable(f"the holdout has {stored.size_bytes} bytes, and {self._max_holdout_bytes} is the most that is read")
         return stored
@@ -371,6 +373,26 @@ def _parity(answers: dict[str, Any] | None, samples: dict[str, Any] | None) -> f
         return largest_difference(answers, samples["outputs"])
     except ValueError as error:
         raise Unjudgeable(f"the exported model and the training code cannot be compared: {error}") from error
+
+
+class Holdouts:
+    """Says whether what a delivery names as its holdout can be one."""
+
+    def __init__(self, datasets: Datasets) -> None:
+        self._datasets = datasets
+
+    async def wrong_with(self, holdout: Holdout) -> list[Violation]:
+        """What is wrong with it, and what to do; empty: nothing. Raises Transient when the tracker does not answer."""
+        name, version = holdout.dataset, holdout.version
+        try:
+            stored = await self._datasets.find(name, version)
+        except NotFound:
+            push = f"push it with `headrace data push {name} FILE --holdout` and name the version that this answers"
+            return [Violation("evaluate.holdout.version", f"there is no version {version} of {name}: {push}")]
+        if stored.marked:
+            return []
+        push = "push the rows under another name with `headrace data push NAME FILE --holdout`"
+        return [Violation("evaluate.holdout.dataset", f"{name} version {version} is no holdout, so trainings may read it: {push}")]
 
 
 class Evaluations:

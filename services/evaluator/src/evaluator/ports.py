@@ -97,6 +97,8 @@ class StoredHoldout:
     ref: DataVersion
     key: str
     size_bytes: int
+    marked: bool
+    """Whether it was registered as a holdout, which no training may read."""
 
 
 class Datasets(Protocol):

@@ -31,7 +31,7 @@ from tracker.domain.model import (
     check_signature,
 )
 from tracker.domain.run import check_name
-from tracker.handlers import WRITERS, found_run, may_read, may_write, told
+from tracker.handlers import WRITERS, found_run, may_read, may_write, no_training_on, told
 from tracker.ports import Store, UnitOfWork
 
 
@@ -115,12 +115,14 @@ class Deliverables:
         return await self._download(caller, artifact.object)
 
     async def download_dataset(self, caller: Caller, name: str, version: int) -> Download:
-        """Version 0 is the newest."""
+        """Version 0 is the newest. Raises Forbidden for a run token that asks for what is a holdout, under whatever name."""
         may_read(caller)
         async with self._store.transaction() as work:
             dataset = await work.datasets.get(name, version) if version >= 0 else None
-        if dataset is None:
-            raise NotFound(f"there is no data set {name}{f' version {version}' if version else ''}")
+            if dataset is None:
+                raise NotFound(f"there is no data set {name}{f' version {version}' if version else ''}")
+            if caller.run_id is not None and (holdout := await work.datasets.holdout_of(dataset.blob.sha256)):
+                raise Forbidden(f"{no_training_on(holdout)}; ask for other rows, or pull it with a key of your own")
         return await self._download(caller, dataset.blob)
 
     async def log_model(
@@ -161,8 +163,11 @@ class Deliverables:
             await work.runs.log_model(run_id, model)
         return model
 
-    async def register_dataset(self, caller: Caller, name: str, upload_id: str, schema_json: str) -> Dataset:
-        """Makes a completed upload the next version of a data set; the same content answers the version that it has."""
+    async def register_dataset(self, caller: Caller, name: str, upload_id: str, schema_json: str, holdout: bool = False) -> Dataset:
+        """Makes a completed upload the next version of a data set; the same content answers the version that it has.
+
+        Raises Conflict when that version is a holdout and this is to be none, or the other way round: that never changes.
+        """
         with told():
             schema = rules.check_schema(schema_json)
         async with self._store.transaction() as work:
@@ -175,7 +180,13 @@ class Deliverables:
             if not upload.complete:
                 raise Conflict(f"upload {upload_id} is not complete")
             created_ms = int(self._clock.now().timestamp() * 1000)
-            return await work.datasets.add(Dataset(name, 0, upload.object, schema, created_ms))
+            stored = await work.datasets.add(Dataset(name, 0, upload.object, schema, created_ms, holdout))
+            if stored.holdout != holdout:
+                what = "is a holdout" if stored.holdout else "is not a holdout"
+                raise Conflict(
+                    f"{name} version {stored.version} has this content and {what}, which never changes; register it under another name"
+                )
+            return stored
 
     async def close(self) -> None:
         """Gives up verifications under way; a client repeats its call."""

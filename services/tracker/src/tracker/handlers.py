@@ -90,6 +90,11 @@ def found_run(run: Run | None, run_id: str) -> Run:
     return run
 
 
+def no_training_on(holdout: Dataset) -> str:
+    """Why a run gets nothing of a holdout."""
+    return f"{holdout.name} version {holdout.version} is a holdout: models are judged on it, so no run may read it"
+
+
 def page_size(asked: int) -> int:
     """How many items a page gets: 100 when not said."""
     if asked < 0:
@@ -269,7 +274,10 @@ class Tracker:
             return await work.runs.history(run_id, key, after, page_size(limit))
 
     async def log_inputs(self, caller: Caller, run_id: str, inputs: Sequence[DatasetRef]) -> None:
-        """Says which data set versions a run reads. A hash, when given, must be that version's. Repeatable."""
+        """Says which data set versions a run reads. A hash, when given, must be that version's. Repeatable.
+
+        Raises Conflict for a holdout.
+        """
         if len(inputs) > MAX_INPUTS:
             raise Invalid("the input is not valid", [Violation("inputs", f"at most {MAX_INPUTS}")])
         async with self._store.transaction() as work:
@@ -284,6 +292,8 @@ class Tracker:
                     raise NotFound(f"there is no data set {asked.name} version {asked.version}")
                 if asked.sha256 not in ("", dataset.blob.sha256):
                     raise Conflict(f"data set {asked.name} version {asked.version} has the hash {dataset.blob.sha256}")
+                if holdout := await work.datasets.holdout_of(dataset.blob.sha256):
+                    raise Conflict(f"{no_training_on(holdout)}; train on other rows")
                 refs.append(DatasetRef(dataset.name, dataset.version, dataset.blob.sha256))
             await work.runs.log_inputs(run_id, refs)
 

@@ -134,6 +134,10 @@ class Datasets(Protocol):
 
     async def find(self, name: str, sha256: str) -> Dataset | None: ...
 
+    async def holdout_of(self, sha256: str) -> Dataset | None:
+        """A holdout that has this content, under whatever name."""
+        ...
+
     async def all(self) -> Sequence[Dataset]:
         """Every version, by name, newest first."""
         ...

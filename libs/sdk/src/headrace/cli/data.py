@@ -22,15 +22,16 @@ def register(app: typer.Typer) -> None:
 def push(
     name: Annotated[str, typer.Argument(help="The data set.")],
     path: Annotated[Path, typer.Argument(help="The file.")],
+    holdout: Annotated[bool, typer.Option("--holdout", help="Models are judged on it: no training may read it. Never changes.")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Upload a file as the next version. The same content answers the version that it has."""
     with Client() as client:
-        version = push_dataset(name, path, client=client)
+        version = push_dataset(name, path, holdout=holdout, client=client)
     if json:
-        print_json({"name": version.name, "version": version.version, "sha256": version.sha256})
+        print_json({"name": version.name, "version": version.version, "sha256": version.sha256, "holdout": version.holdout})
     else:
-        console.print(f"{version.name} version {version.version} (sha256 {version.sha256[:12]})")
+        console.print(f"{version.name} version {version.version}{', a holdout' if version.holdout else ''} (sha256 {version.sha256[:12]})")
 
 
 @data.command()
@@ -44,7 +45,7 @@ def pull(
     with Client() as client:
         found = pull_dataset(name, path, version, client=client)
     if json:
-        print_json({"name": found.name, "version": found.version, "sha256": found.sha256, "path": str(path)})
+        print_json({"name": found.name, "version": found.version, "sha256": found.sha256, "holdout": found.holdout, "path": str(path)})
     else:
         console.print(f"{found.name} version {found.version} in {path}")
 
@@ -58,9 +59,15 @@ def list_datasets(json: JsonFlag = False) -> None:
         print_json(answer)
         return
     table(
-        ["name", "version", "size MB", "sha256"],
+        ["name", "version", "size MB", "sha256", "holdout"],
         (
-            [d["ref"]["name"], d["ref"]["version"], f"{d['blob']['size_bytes'] / 1e6:.1f}", d["ref"]["sha256"][:12]]
+            [
+                d["ref"]["name"],
+                d["ref"]["version"],
+                f"{d['blob']['size_bytes'] / 1e6:.1f}",
+                d["ref"]["sha256"][:12],
+                "yes" if d["holdout"] else "",
+            ]
             for d in answer["datasets"]
         ),
     )

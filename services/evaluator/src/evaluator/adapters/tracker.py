@@ -19,8 +19,11 @@ class TrackerDatasets:
         self._tracker = service_pb2_grpc.TrackerServiceStub(channel)
 
     async def find(self, name: str, version: int) -> StoredHoldout:
-        answer = await self._tracker.GetDataset(service_pb2.GetDatasetRequest(name=name, version=version))
-        dataset = answer.dataset
+        try:
+            request = service_pb2.GetDatasetRequest(name=name, version=version)
+        except ValueError:  # JSON can write names and numbers that no data set has
+            raise NotFound(f"there is no version {version} of {name!r}") from None
+        dataset = (await self._tracker.GetDataset(request)).dataset
         if (dataset.ref.name, dataset.ref.version) != (name, version):
             raise NotFound(f"the tracker has no version {version} of {name}")
-        return StoredHoldout(DataVersion(name, version, dataset.ref.sha256), dataset.blob.key, dataset.blob.size_bytes)
+        return StoredHoldout(DataVersion(name, version, dataset.ref.sha256), dataset.blob.key, dataset.blob.size_bytes, dataset.holdout)

@@ -6,18 +6,18 @@ from typing import Any
 
 from contracts.evaluator.v1 import service_pb2 as pb
 from contracts.evaluator.v1 import service_pb2_grpc
-from contracts.eventing.v1 import service_pb2 as eventing_pb
 from contracts.registry.v1 import service_pb2 as registry_pb
 from contracts.registry.v1 import service_pb2_grpc as registry_grpc
-from servicekit.access import Rule
+from eventing import dlq_grpc
+from servicekit.access import EVERY_ROLE, Rule
 from servicekit.errors import Invalid, Violation
 
 from evaluator.entrypoints import translate
-from evaluator.handlers import Evaluations
+from evaluator.handlers import Evaluations, Holdouts
 
 SERVICE = pb.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
 SECTIONS = registry_pb.DESCRIPTOR.services_by_name["DeliverySectionService"].full_name
-DEAD_LETTERS = eventing_pb.DESCRIPTOR.services_by_name["DeadLetterService"]
+DEAD_LETTERS = dlq_grpc.SERVICE
 
 Context = Any
 """grpc.aio.ServicerContext; the servicers do not look at it."""
@@ -25,13 +25,10 @@ Context = Any
 DEFAULT_PAGE = 50
 MAX_PAGE = 500
 
-_EVERYONE = frozenset({"viewer", "editor", "approver", "admin"})
-
 ACCESS = {
-    **{f"/{SERVICE}/{method}": Rule({"gateway"}, _EVERYONE) for method in ("GetEvaluation", "ListEvaluations", "GetReport")},
+    **{f"/{SERVICE}/{method}": Rule({"gateway"}, EVERY_ROLE) for method in ("GetEvaluation", "ListEvaluations", "GetReport")},
     f"/{SECTIONS}/ValidateSection": Rule({"registry"}),
-    **{f"/{DEAD_LETTERS.full_name}/{method.name}": Rule({"gateway"}, {"admin"}) for method in DEAD_LETTERS.methods},
-    f"/{DEAD_LETTERS.full_name}/ListDeadLetters": Rule({"gateway"}, _EVERYONE),  # a list holds no payload
+    **dlq_grpc.ACCESS,
 }
 
 
@@ -64,5 +61,11 @@ class EvaluatorServicer(service_pb2_grpc.EvaluatorServiceServicer):
 class SectionServicer(registry_grpc.DeliverySectionServiceServicer):
     """headrace.registry.v1.DeliverySectionService for the section `evaluate`."""
 
+    def __init__(self, holdouts: Holdouts) -> None:
+        self._holdouts = holdouts
+
     async def ValidateSection(self, request: registry_pb.ValidateSectionRequest, context: Context) -> registry_pb.ValidateSectionResponse:
-        return translate.validated(request)
+        answer = translate.validated(request)
+        if answer.violations:
+            return answer
+        return translate.refused(await self._holdouts.wrong_with(translate.holdout_of(request))) or answer

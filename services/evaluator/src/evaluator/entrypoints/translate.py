@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -266,16 +267,27 @@ def validated(request: registry_service_pb.ValidateSectionRequest) -> registry_s
     if request.section != "evaluate":
         raise Invalid(f"the evaluator does not know the section {request.section!r}", [Violation("section", "must be evaluate")])
     section = _section(request.section_json)
-    found = policy.violations(section)
-    if found:
-        violations = [registry_service_pb.FieldViolation(field=one.field, message=one.message) for one in found]
-        return registry_service_pb.ValidateSectionResponse(violations=violations)
+    if answer := refused(policy.violations(section)):
+        return answer
     if not request.previous_json:
         return registry_service_pb.ValidateSectionResponse()
     previous = _section(request.previous_json)
     if policy.violations(previous):  # nothing can be said to be looser than what could not be read
         return registry_service_pb.ValidateSectionResponse()
     return registry_service_pb.ValidateSectionResponse(loosened=policy.loosened(policy.parse(previous), policy.parse(section)))
+
+
+def refused(found: Sequence[Violation]) -> registry_service_pb.ValidateSectionResponse | None:
+    """The answer that lists what is wrong; None when nothing is."""
+    if not found:
+        return None
+    violations = [registry_service_pb.FieldViolation(field=one.field, message=one.message) for one in found]
+    return registry_service_pb.ValidateSectionResponse(violations=violations)
+
+
+def holdout_of(request: registry_service_pb.ValidateSectionRequest) -> policy.Holdout:
+    """The holdout that a valid section names."""
+    return policy.parse(_section(request.section_json)).holdout
 
 
 def _section(text: str) -> object:

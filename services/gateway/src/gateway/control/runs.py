@@ -94,6 +94,7 @@ class Parts(BaseModel):
 class NewDatasetVersion(BaseModel):
     upload_id: str
     columns_json: str = Field(default="[]", description='JSON: [{"name", "type"}].')
+    holdout: bool = Field(default=False, description="Models are judged on it: no run may read it. Never changes.")
 
 
 @router.get("/experiments", responses=answers(pb.ListExperimentsResponse))
@@ -207,7 +208,7 @@ async def start_dataset_upload(name: str, body: Upload, peers: PeersOf) -> Json:
 
 @router.post("/datasets/{name}/versions", responses=answers(pb.RegisterDatasetResponse), tags=["datasets"])
 async def register_dataset(name: str, body: NewDatasetVersion, peers: PeersOf) -> Json:
-    request = pb.RegisterDatasetRequest(name=name, upload_id=body.upload_id, schema_json=body.columns_json)
+    request = pb.RegisterDatasetRequest(name=name, upload_id=body.upload_id, schema_json=body.columns_json, holdout=body.holdout)
     return to_json(await peers.tracker.RegisterDataset(request))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from contracts.eventing.v1 import service_pb2 as dlq_pb
 from contracts.registry.v1 import service_pb2 as pb
 from contracts.registry.v1 import service_pb2_grpc
-from servicekit.access import Rule, current_caller
+from eventing import dlq_grpc
+from servicekit.access import EVERY_ROLE, AccessTable, Rule, current_caller
 
 from registry.entrypoints import translate
 from registry.handlers.access import Access
@@ -17,14 +17,13 @@ from registry.handlers.versions import Versions, page_size
 
 REGISTRY = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 ACCESS_SERVICE = pb.DESCRIPTOR.services_by_name["AccessService"].full_name
-DEAD_LETTERS = dlq_pb.DESCRIPTOR.services_by_name["DeadLetterService"].full_name
+DEAD_LETTERS = dlq_grpc.SERVICE
 
 Context = Any
 """grpc.aio.ServicerContext; the servicers do not look at it."""
 
-# Every rule names roles: a token that is good for one run has none, and has no business here.
-_READ = Rule({"gateway", "tracker", "trainer", "evaluator", "deployer"}, {"viewer", "editor", "approver", "admin"})
-_SEE = Rule({"gateway"}, {"viewer", "editor", "approver", "admin"})
+# A token that is good for one run has no business here.
+_READ = Rule({"gateway"}, EVERY_ROLE)
 _CHANGE = Rule({"gateway"}, {"editor", "approver", "admin"})
 _APPROVE = Rule({"gateway"}, {"approver"})
 _ADMIN = Rule({"gateway"}, {"admin"})
@@ -42,15 +41,17 @@ RULES: dict[str, dict[str, Rule]] = {
         "SetStage": _CHANGE,
         "SetAlias": _CHANGE,
         "DeleteAlias": _CHANGE,
-        "ListApprovals": _SEE,
+        "ListApprovals": _READ,
         "DecideApproval": _APPROVE,
-        "ListAudit": _SEE,
+        "ListAudit": _READ,
     },
     ACCESS_SERVICE: {"CreateApiKey": _ADMIN, "ListApiKeys": _ADMIN, "RevokeApiKey": _ADMIN},
-    DEAD_LETTERS: {"ListDeadLetters": _SEE, "GetDeadLetter": _ADMIN, "ReplayDeadLetters": _ADMIN, "DropDeadLetter": _ADMIN},
 }
 
-ACCESS = {f"/{service}/{method}": rule for service, methods in RULES.items() for method, rule in methods.items()}
+ACCESS: AccessTable = {
+    **{f"/{service}/{method}": rule for service, methods in RULES.items() for method, rule in methods.items()},
+    **dlq_grpc.ACCESS,
+}
 
 
 class RegistryServicer(service_pb2_grpc.RegistryServiceServicer):

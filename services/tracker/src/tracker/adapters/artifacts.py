@@ -163,6 +163,7 @@ class SqlDatasets:
                 key=new.blob.key,
                 schema_json=new.schema_json,
                 created_ms=new.created_ms,
+                holdout=new.holdout,
             )
         )
         return new
@@ -178,6 +179,11 @@ class SqlDatasets:
         same = select(t.dataset_version).where(stored.name == name, stored.sha256 == sha256)
         return _dataset((await self._conn.execute(same)).mappings().first())
 
+    async def holdout_of(self, sha256: str) -> Dataset | None:
+        stored = t.dataset_version.c
+        statement = select(t.dataset_version).where(stored.sha256 == sha256, stored.holdout).order_by(stored.created_ms).limit(1)
+        return _dataset((await self._conn.execute(statement)).mappings().first())
+
     async def all(self) -> Sequence[Dataset]:
         statement = select(t.dataset_version).order_by(t.dataset_version.c.name, t.dataset_version.c.version.desc())
         found = [_dataset(row) for row in (await self._conn.execute(statement)).mappings()]
@@ -187,4 +193,4 @@ class SqlDatasets:
 def _dataset(row: RowMapping | None) -> Dataset | None:
     if row is None:
         return None
-    return Dataset(row["name"], row["version"], _object(row), row["schema_json"], row["created_ms"])
+    return Dataset(row["name"], row["version"], _object(row), row["schema_json"], row["created_ms"], row["holdout"])

@@ -157,8 +157,10 @@ dataset_version = Table(
     _text("key"),
     _text("schema_json"),
     _bigint("created_ms"),
+    Column("holdout", Boolean, nullable=False),
     UniqueConstraint("name", "sha256", name="dataset_version_content"),
 )
+Index("dataset_version_holdout", dataset_version.c.sha256, postgresql_where=dataset_version.c.holdout)
 
 run_input = Table(
     "run_input",

@@ -42,13 +42,14 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A version of a data set; immutable."""
+    """A version of a data set; immutable. On a `holdout` models are judged, so no run may read it."""
 
     name: str
     version: int
     blob: BlobRef
     schema_json: str
     created_ms: int
+    holdout: bool = False
 
 
 def check_path(path: str) -> list[Problem]:

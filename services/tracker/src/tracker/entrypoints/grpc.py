@@ -7,7 +7,7 @@ from typing import Any
 from contracts.tracker.v1 import service_pb2 as pb
 from contracts.tracker.v1 import service_pb2_grpc
 from opentelemetry import trace
-from servicekit.access import Rule, current_caller
+from servicekit.access import EVERY_ROLE, Rule, current_caller
 
 from tracker.deliverables import Deliverables
 from tracker.domain.run import Metric
@@ -19,31 +19,33 @@ SERVICE = pb.DESCRIPTOR.services_by_name["TrackerService"].full_name
 Context = Any
 """grpc.aio.ServicerContext; the servicer does not look at it."""
 
-_READERS = frozenset({"gateway", "trainer", "evaluator", "registry", "deployer"})
-_WRITERS = frozenset({"gateway", "trainer"})
+_WRITERS = frozenset({"editor", "admin"})
 
-# Rules without roles also admit run tokens, which have none: the use cases then hold a token to its own run, and everybody
-# else to the roles that they need.
+# What a run token may do is held to its own run by the use cases.
+_READ = Rule({"gateway"}, EVERY_ROLE, runs=True)
+_WRITE = Rule({"gateway"}, _WRITERS, runs=True)
+_WRITE_TRAINED = Rule({"gateway", "trainer"}, _WRITERS, runs=True)
+
 _RULES = {
-    "CreateExperiment": Rule(_WRITERS, {"editor", "admin"}),
-    "GetExperiment": Rule(_READERS),
-    "ListExperiments": Rule(_READERS),
-    "CreateRun": Rule(_WRITERS, {"editor", "admin"}),
-    "GetRun": Rule(_READERS),
-    "ListRuns": Rule(_READERS),
-    "LogBatch": Rule(_WRITERS),
-    "FinishRun": Rule(_WRITERS),
-    "RenewLease": Rule(_WRITERS),
-    "GetMetricHistory": Rule(_READERS),
-    "StartUpload": Rule(_WRITERS),
-    "CompleteUpload": Rule(_WRITERS),
-    "ListArtifacts": Rule(_READERS),
-    "GetDownload": Rule(_READERS),
-    "LogModel": Rule(_WRITERS),
-    "LogInputs": Rule(_WRITERS),
-    "RegisterDataset": Rule(_WRITERS),
-    "GetDataset": Rule(_READERS),
-    "ListDatasets": Rule(_READERS),
+    "CreateExperiment": Rule({"gateway", "trainer"}, _WRITERS),
+    "GetExperiment": Rule({"gateway", "trainer"}, EVERY_ROLE, runs=True),
+    "ListExperiments": _READ,
+    "CreateRun": Rule({"gateway", "trainer"}, _WRITERS),
+    "GetRun": Rule({"gateway", "trainer"}, EVERY_ROLE, runs=True),
+    "ListRuns": Rule({"gateway"}, EVERY_ROLE),
+    "LogBatch": _WRITE,
+    "FinishRun": _WRITE_TRAINED,
+    "RenewLease": _WRITE_TRAINED,
+    "GetMetricHistory": _READ,
+    "StartUpload": _WRITE_TRAINED,
+    "CompleteUpload": _WRITE_TRAINED,
+    "ListArtifacts": _READ,
+    "GetDownload": Rule({"gateway", "evaluator"}, EVERY_ROLE, runs=True),
+    "LogModel": _WRITE,
+    "LogInputs": _WRITE,
+    "RegisterDataset": Rule({"gateway"}, _WRITERS),
+    "GetDataset": Rule({"gateway", "evaluator"}, EVERY_ROLE, runs=True),
+    "ListDatasets": _READ,
 }
 
 ACCESS = {f"/{SERVICE}/{method}": rule for method, rule in _RULES.items()}
@@ -150,7 +152,9 @@ class TrackerServicer(service_pb2_grpc.TrackerServiceServicer):
         return pb.LogInputsResponse()
 
     async def RegisterDataset(self, request: pb.RegisterDatasetRequest, context: Context) -> pb.RegisterDatasetResponse:
-        made = await self._deliverables.register_dataset(current_caller(), request.name, request.upload_id, request.schema_json)
+        made = await self._deliverables.register_dataset(
+            current_caller(), request.name, request.upload_id, request.schema_json, request.holdout
+        )
         return pb.RegisterDatasetResponse(dataset=translate.dataset(made))
 
     async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.GetDatasetResponse:

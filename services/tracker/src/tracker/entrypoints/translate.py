@@ -159,7 +159,7 @@ def dataset_ref(one: DatasetRef) -> model_pb2.DatasetRef:
 
 def dataset(one: Dataset) -> service_pb2.Dataset:
     ref = model_pb2.DatasetRef(name=one.name, version=one.version, sha256=one.blob.sha256)
-    return service_pb2.Dataset(ref=ref, blob=blob(one.blob), schema_json=one.schema_json, created_ms=one.created_ms)
+    return service_pb2.Dataset(ref=ref, blob=blob(one.blob), schema_json=one.schema_json, created_ms=one.created_ms, holdout=one.holdout)
 
 
 def artifact(one: Artifact) -> service_pb2.Artifact:

@@ -9,7 +9,7 @@ from contracts.registry.v1 import service_pb2 as registry_pb2
 from contracts.registry.v1 import service_pb2_grpc as registry_pb2_grpc
 from contracts.trainer.v1 import service_pb2 as pb
 from contracts.trainer.v1 import service_pb2_grpc
-from servicekit.access import Rule, current_caller
+from servicekit.access import EVERY_ROLE, Rule, current_caller
 from servicekit.errors import Invalid, Violation
 
 from trainer.entrypoints import translate
@@ -22,7 +22,7 @@ SECTION = "train"
 Context = Any
 """grpc.aio.ServicerContext; the servicers do not look at it."""
 
-_READ = Rule({"gateway"}, {"viewer", "editor", "approver", "admin"})
+_READ = Rule({"gateway"}, EVERY_ROLE)
 _WRITE = Rule({"gateway"}, {"editor", "admin"})
 
 ACCESS = {

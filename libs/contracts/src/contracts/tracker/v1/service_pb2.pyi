@@ -996,19 +996,23 @@ class RegisterDatasetRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     UPLOAD_ID_FIELD_NUMBER: _builtins.int
     SCHEMA_JSON_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     upload_id: _builtins.str
     """From StartUpload with a data set name."""
     schema_json: _builtins.str
     """JSON: [{"name","type"}] of the columns."""
+    holdout: _builtins.bool
+    """A holdout: models are judged on it, so no run token may download it and no run may name it as an input."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         upload_id: _builtins.str = ...,
         schema_json: _builtins.str = ...,
+        holdout: _builtins.bool = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "schema_json", b"schema_json", "upload_id", b"upload_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdout", b"holdout", "name", b"name", "schema_json", b"schema_json", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RegisterDatasetRequest: _TypeAlias = RegisterDatasetRequest  # noqa: Y015
@@ -1021,8 +1025,11 @@ class Dataset(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     SCHEMA_JSON_FIELD_NUMBER: _builtins.int
     CREATED_MS_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FIELD_NUMBER: _builtins.int
     schema_json: _builtins.str
     created_ms: _builtins.int
+    holdout: _builtins.bool
+    """Never changes."""
     @_builtins.property
     def ref(self) -> _model_pb2.DatasetRef: ...
     @_builtins.property
@@ -1034,10 +1041,11 @@ class Dataset(_message.Message):
         blob: _model_pb2.BlobRef | None = ...,
         schema_json: _builtins.str = ...,
         created_ms: _builtins.int = ...,
+        holdout: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "created_ms", b"created_ms", "ref", b"ref", "schema_json", b"schema_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "created_ms", b"created_ms", "holdout", b"holdout", "ref", b"ref", "schema_json", b"schema_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Dataset: _TypeAlias = Dataset  # noqa: Y015

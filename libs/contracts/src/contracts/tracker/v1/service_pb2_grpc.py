@@ -226,7 +226,7 @@ class TrackerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetDownload(self, request, context):
-        """A presigned URL for one artifact of a run or one data set version. Idempotent.
+        """A presigned URL for one artifact of a run or one data set version; a run token gets none for a holdout. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -247,7 +247,8 @@ class TrackerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RegisterDataset(self, request, context):
-        """Registers an uploaded file as the next version of a data set; the same content answers the version it has.
+        """Registers an uploaded file as the next version of a data set; the same content answers the version it has, unless that one is a
+        holdout and this call's is not, or the other way round.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

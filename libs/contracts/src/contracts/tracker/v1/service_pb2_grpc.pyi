@@ -58,13 +58,15 @@ class TrackerServiceStub:
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListArtifactsRequest, _service_pb2.ListArtifactsResponse]
     """Idempotent."""
     GetDownload: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetDownloadRequest, _service_pb2.GetDownloadResponse]
-    """A presigned URL for one artifact of a run or one data set version. Idempotent."""
+    """A presigned URL for one artifact of a run or one data set version; a run token gets none for a holdout. Idempotent."""
     LogModel: _grpc.UnaryUnaryMultiCallable[_service_pb2.LogModelRequest, _service_pb2.LogModelResponse]
     """Declares an uploaded artifact to be a deliverable model: copies it to its immutable blob. Repeatable."""
     LogInputs: _grpc.UnaryUnaryMultiCallable[_service_pb2.LogInputsRequest, _service_pb2.LogInputsResponse]
     """Repeatable."""
     RegisterDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.RegisterDatasetRequest, _service_pb2.RegisterDatasetResponse]
-    """Registers an uploaded file as the next version of a data set; the same content answers the version it has."""
+    """Registers an uploaded file as the next version of a data set; the same content answers the version it has, unless that one is a
+    holdout and this call's is not, or the other way round.
+    """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetDatasetRequest, _service_pb2.GetDatasetResponse]
     """Idempotent."""
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]
@@ -100,13 +102,15 @@ class TrackerServiceAsyncStub(TrackerServiceStub):
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_service_pb2.ListArtifactsRequest, _service_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """Idempotent."""
     GetDownload: _aio.UnaryUnaryMultiCallable[_service_pb2.GetDownloadRequest, _service_pb2.GetDownloadResponse]  # type: ignore[assignment]
-    """A presigned URL for one artifact of a run or one data set version. Idempotent."""
+    """A presigned URL for one artifact of a run or one data set version; a run token gets none for a holdout. Idempotent."""
     LogModel: _aio.UnaryUnaryMultiCallable[_service_pb2.LogModelRequest, _service_pb2.LogModelResponse]  # type: ignore[assignment]
     """Declares an uploaded artifact to be a deliverable model: copies it to its immutable blob. Repeatable."""
     LogInputs: _aio.UnaryUnaryMultiCallable[_service_pb2.LogInputsRequest, _service_pb2.LogInputsResponse]  # type: ignore[assignment]
     """Repeatable."""
     RegisterDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.RegisterDatasetRequest, _service_pb2.RegisterDatasetResponse]  # type: ignore[assignment]
-    """Registers an uploaded file as the next version of a data set; the same content answers the version it has."""
+    """Registers an uploaded file as the next version of a data set; the same content answers the version it has, unless that one is a
+    holdout and this call's is not, or the other way round.
+    """
     GetDataset: _aio.UnaryUnaryMultiCallable[_service_pb2.GetDatasetRequest, _service_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """Idempotent."""
     ListDatasets: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
@@ -223,7 +227,7 @@ class TrackerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.GetDownloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.GetDownloadResponse, _abc.Awaitable[_service_pb2.GetDownloadResponse]]:
-        """A presigned URL for one artifact of a run or one data set version. Idempotent."""
+        """A presigned URL for one artifact of a run or one data set version; a run token gets none for a holdout. Idempotent."""
 
     @_abc_1.abstractmethod
     def LogModel(
@@ -247,7 +251,9 @@ class TrackerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.RegisterDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.RegisterDatasetResponse, _abc.Awaitable[_service_pb2.RegisterDatasetResponse]]:
-        """Registers an uploaded file as the next version of a data set; the same content answers the version it has."""
+        """Registers an uploaded file as the next version of a data set; the same content answers the version it has, unless that one is a
+        holdout and this call's is not, or the other way round.
+        """
 
     @_abc_1.abstractmethod
     def GetDataset(
