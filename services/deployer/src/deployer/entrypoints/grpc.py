@@ -11,7 +11,8 @@ from contracts.deployer.v1 import service_pb2 as pb
 from contracts.deployer.v1 import service_pb2_grpc
 from contracts.registry.v1 import service_pb2 as registry
 from contracts.registry.v1 import service_pb2_grpc as registry_grpc
-from servicekit.access import AccessTable, Rule, current_caller
+from eventing import dlq_grpc
+from servicekit.access import EVERY_ROLE, AccessTable, Rule, current_caller
 from servicekit.errors import Invalid
 
 from deployer.domain.rollout import Abort, Command, Pause, Resume, Revert
@@ -20,11 +21,10 @@ from deployer.handlers import Deployer
 
 SERVICE = "headrace.deployer.v1.DeployerService"
 SECTIONS = "headrace.registry.v1.DeliverySectionService"
-DEAD_LETTERS = "headrace.eventing.v1.DeadLetterService"
+DEAD_LETTERS = dlq_grpc.SERVICE
 
-READERS = Rule(services={"gateway", "registry", "evaluator"}, roles={"viewer", "editor", "approver", "admin"})
+READERS = Rule(services={"gateway"}, roles=EVERY_ROLE)
 OPERATORS = Rule(services={"gateway"}, roles={"editor", "approver", "admin"})
-ADMINS = Rule(services={"gateway"}, roles={"admin"})
 
 _READS = ("GetEndpoint", "ListEndpoints", "GetRollout", "ListRollouts", "ExplainRollout")
 _COMMANDS = ("PauseRollout", "ResumeRollout", "AbortRollout", "RevertRollout")
@@ -33,8 +33,7 @@ ACCESS: AccessTable = {
     **{f"/{SERVICE}/{method}": READERS for method in _READS},
     **{f"/{SERVICE}/{method}": OPERATORS for method in _COMMANDS},
     f"/{SECTIONS}/ValidateSection": Rule(services={"registry"}),
-    f"/{DEAD_LETTERS}/ListDeadLetters": READERS,
-    **{f"/{DEAD_LETTERS}/{method}": ADMINS for method in ("GetDeadLetter", "ReplayDeadLetters", "DropDeadLetter")},
+    **dlq_grpc.ACCESS,
 }
 
 MOST_PER_PAGE = 200
