@@ -31,6 +31,7 @@ ALL = commands(typer.main.get_command(app))
 @pytest.mark.parametrize(("path", "command"), ALL, ids=[" ".join(path) for path, _ in ALL])
 def test_every_command_explains_itself_and_can_print_json(path: tuple[str, ...], command: Any) -> None:
     assert command.help
+    assert [parameter.name for parameter in command.params if not getattr(parameter, "help", None)] == []
     if path != ("logs",):  # lines of text by nature
         assert any("--json" in parameter.opts for parameter in command.params)
 

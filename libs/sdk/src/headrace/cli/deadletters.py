@@ -14,6 +14,7 @@ Service = Annotated[str, typer.Argument(help="The service that parked it.")]
 Consumer = Annotated[str, typer.Argument(help="Its consumer, as `list` prints it.")]
 Topic = Annotated[str, typer.Argument(help="The topic.")]
 Key = Annotated[str, typer.Argument(help="The event's key.")]
+Sequence = Annotated[int, typer.Argument(help="The event's number among those of its key.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,9 +41,7 @@ def list_parked(json: JsonFlag = False) -> None:
 
 
 @dlq.command()
-def show(
-    service: Service, consumer: Consumer, topic: Topic, key: Key, sequence: Annotated[int, typer.Argument()], json: JsonFlag = False
-) -> None:
+def show(service: Service, consumer: Consumer, topic: Topic, key: Key, sequence: Sequence, json: JsonFlag = False) -> None:
     """One parked event with its bytes (base64)."""
     with Client() as client:
         answer = client.get(f"/api/v1/dead-letters/{service}/one", consumer=consumer, topic=topic, key=key, sequence=sequence)
@@ -67,7 +66,7 @@ def drop(
     consumer: Consumer,
     topic: Topic,
     key: Key,
-    sequence: Annotated[int, typer.Argument()],
+    sequence: Sequence,
     reason: Annotated[str, typer.Option("--reason", help="Why; kept.")],
     json: JsonFlag = False,
 ) -> None:

@@ -90,7 +90,18 @@ def watch(
 
 
 def follow(client: Client, name: str, run_id: str | None, *, timeout_s: float, quiet: bool = False) -> Json:
-    """Polls a journey until it has ended, printing every change on stderr; returns it. Raises HeadraceError when time runs out."""
+    """Polls a journey until it has ended, printing every change on stderr; returns it. Raises HeadraceError when time runs out.
+
+    Who stops looking is told how to go on: nothing stops with them.
+    """
+    try:
+        return _followed(client, name, run_id, timeout_s, quiet)
+    except KeyboardInterrupt:
+        say(f"{name} goes on by itself: `headrace watch {name}{f' --run {run_id}' if run_id else ''}` follows it again")
+        raise
+
+
+def _followed(client: Client, name: str, run_id: str | None, timeout_s: float, quiet: bool) -> Json:
     deadline = time.monotonic() + timeout_s
     seen: tuple[Any, ...] = ()
     while True:

@@ -74,7 +74,7 @@ def stage(
 
 
 def approvals(all_: Annotated[bool, typer.Option("--all", help="Also the decided ones.")] = False, json: JsonFlag = False) -> None:
-    """Who is awaited."""
+    """The approvals that are awaited, and the votes that each has and needs."""
     with Client() as client:
         answer = client.get("/api/v1/approvals", status=None if all_ else "pending")
     if json:
@@ -98,7 +98,7 @@ def approvals(all_: Annotated[bool, typer.Option("--all", help="Also the decided
 
 def approve(
     approval: Annotated[str, typer.Argument(help="The approval's id.")],
-    comment: Annotated[str, typer.Option("--comment", "-m")] = "",
+    comment: Annotated[str, typer.Option("--comment", "-m", help="Said with the vote, and kept.")] = "",
     json: JsonFlag = False,
 ) -> None:
     """Approve a version. Needs the role approver; nobody approves what they made."""
@@ -107,7 +107,7 @@ def approve(
 
 def reject(
     approval: Annotated[str, typer.Argument(help="The approval's id.")],
-    comment: Annotated[str, typer.Option("--comment", "-m")] = "",
+    comment: Annotated[str, typer.Option("--comment", "-m", help="Said with the vote, and kept.")] = "",
     json: JsonFlag = False,
 ) -> None:
     """Reject a version."""
@@ -120,7 +120,10 @@ def _decide(approval: str, yes: bool, comment: str, json: bool) -> None:
     print_json(answer) if json else console.print(f"{approval}: {answer['approval']['status']}")
 
 
-def audit(target: Annotated[str | None, typer.Option("--target", help="Only about this.")] = None, json: JsonFlag = False) -> None:
+def audit(
+    target: Annotated[str | None, typer.Option("--target", help="Only this, as the list names it, such as delivery/flight-delays.")] = None,
+    json: JsonFlag = False,
+) -> None:
     """Every change: who, what, why. Newest first."""
     with Client() as client:
         answer = client.get("/api/v1/audit", target=target)

@@ -105,7 +105,11 @@ def explain(
 
 
 @rollout.command()
-def pause(which: Which, reason: Annotated[str, typer.Option("--reason")] = "", json: JsonFlag = False) -> None:
+def pause(
+    which: Which,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept among the rollout's decisions.")] = "",
+    json: JsonFlag = False,
+) -> None:
     """Stay at this step until resumed. Guards go on watching."""
     _command("pause", which, {"reason": reason}, json)
 
@@ -117,13 +121,21 @@ def resume(which: Which, json: JsonFlag = False) -> None:
 
 
 @rollout.command()
-def abort(which: Which, reason: Annotated[str, typer.Option("--reason")] = "", json: JsonFlag = False) -> None:
+def abort(
+    which: Which,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept among the rollout's decisions.")] = "",
+    json: JsonFlag = False,
+) -> None:
     """Give all traffic back to the version before."""
     _command("abort", which, {"reason": reason}, json)
 
 
 @rollout.command()
-def revert(which: Which, reason: Annotated[str, typer.Option("--reason")] = "", json: JsonFlag = False) -> None:
+def revert(
+    which: Which,
+    reason: Annotated[str, typer.Option("--reason", help="Why; kept among the rollout's decisions.")] = "",
+    json: JsonFlag = False,
+) -> None:
     """Take a completed rollout back, within its rollback window."""
     _command("revert", which, {"reason": reason}, json)
 

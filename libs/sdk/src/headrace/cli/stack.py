@@ -83,12 +83,12 @@ def status(state: StateDir = None, json: JsonFlag = False) -> None:
 
 
 def logs(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; all when left out.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Servers and services, as `headrace status` names them. Default: all.")] = None,
     state: StateDir = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing lines as they come, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines of each.")] = 50,
 ) -> None:
-    """The logs of servers and services."""
+    """The last lines that the servers and services of this machine logged."""
     with _told() as api:
         for line in api.logs(state or state_dir(), names or [], follow=follow, lines=lines):
             print(line, flush=True)

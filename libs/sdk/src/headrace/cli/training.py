@@ -1,4 +1,4 @@
-"""headrace run, trainings, cancel: submit training and follow it."""
+"""headrace run, trainings, attach, cancel: submit training and follow it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 
 from headrace.cli.deliveries import GOOD_ENDS, follow
 from headrace.cli.output import JsonFlag, console, print_json, say, table
-from headrace.http import Client, InvalidInput, Json
+from headrace.http import Client, InvalidInput, Json, Unreachable
 from headrace.uploads import put_part, sha256_of
 
 _SKIPPED = frozenset({".git", ".venv", "__pycache__", ".headrace", ".cache", "node_modules"})
@@ -27,23 +27,29 @@ _SKIPPED = frozenset({".git", ".venv", "__pycache__", ".headrace", ".cache", "no
 def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(trainings)
+    app.command()(attach)
     app.command()(cancel)
 
 
 def run(
     file: Annotated[Path, typer.Option("--file", "-f", help="The delivery file whose train section to use.")] = Path("delivery.yaml"),
     source: Annotated[
-        Path | None, typer.Option("--source", help="The folder with the code. Default: the delivery's, next to the file.")
+        Path | None, typer.Option("--source", help="The folder with the code. Default: the delivery's train.source.path.")
     ] = None,
-    command: Annotated[str | None, typer.Option("--command", help="A JSON list; default: the delivery's.")] = None,
-    extra: Annotated[list[str] | None, typer.Argument(help="Arguments added to the command, behind --.")] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            "--command", help="""What to run, as a JSON list like '["python", "train.py"]'. Default: the delivery's train.command."""
+        ),
+    ] = None,
+    extra: Annotated[list[str] | None, typer.Argument(help="Behind --: arguments added to the command.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random generators.")] = 0,
     name: Annotated[str, typer.Option("--name", help="Name of the run.")] = "",
     follow_delivery: Annotated[bool, typer.Option("--watch/--no-watch", help="Afterwards follow the run to production.")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Submit, and do not follow.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit, and do not follow; `headrace attach` follows later.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train where the trainer is: packs the source folder, submits it, and follows the log."""
+    """Train where the trainer is: packs the source folder, submits it, and follows the log. Ctrl-C ends the following, not the training."""
     delivery = _delivery(file)
     train: Json = delivery.get("train") or {}
     path = train.get("source", {}).get("path")
@@ -58,16 +64,13 @@ def run(
         training_id = training["training_id"]
         if detach:
             print_json(training) if json else console.print(
-                f"training {training_id}; `headrace trainings`, `headrace cancel {training_id}`"
+                f"training {training_id} submitted: `headrace attach {training_id}` follows it, `headrace cancel {training_id}` stops it"
             )
             return
         if not json:
             say(f"training {training_id} submitted")
-        _follow_log(client, training_id, quiet=json)
-        training = client.get(f"/api/v1/trainings/{training_id}")["training"]
+        training = _follow(client, training_id, quiet=json)
         ok = training["status"] == "succeeded"
-        if not json:
-            say(f"training {training['status']}{': ' + training['reason'] if training.get('reason') else ''}  (run {training['run_id']})")
         journey = None
         if ok and follow_delivery:
             journey = follow(client, delivery["metadata"]["name"], training["run_id"], timeout_s=3600.0, quiet=json)
@@ -94,6 +97,16 @@ def trainings(
             for t in answer["trainings"]
         ),
     )
+
+
+def attach(training_id: Annotated[str, typer.Argument(help="The training.")], json: JsonFlag = False) -> None:
+    """Follow a training's log from its beginning to its end, as `headrace run` does. Ends with 1 when it does not succeed."""
+    with Client() as client:
+        training = _follow(client, training_id, quiet=json)
+    if json:
+        print_json(training)
+    if training["status"] != "succeeded":
+        raise typer.Exit(1)
 
 
 def cancel(training_id: Annotated[str, typer.Argument(help="The training.")], json: JsonFlag = False) -> None:
@@ -174,7 +187,16 @@ def _git(folder: Path) -> Json:
         return {}
 
 
-def _follow_log(client: Client, training_id: str, *, quiet: bool) -> None:
-    for line in client.lines(f"/api/v1/trainings/{training_id}/log", follow="true"):
-        if not quiet:
-            print(line, flush=True)
+def _follow(client: Client, training_id: str, *, quiet: bool) -> Json:
+    """Prints the log until the training has ended, and how it did; returns the training. Who stops looking is told how to go on."""
+    try:
+        for line in client.lines(f"/api/v1/trainings/{training_id}/log", follow="true"):
+            if not quiet:
+                print(line, flush=True)
+        training: Json = client.get(f"/api/v1/trainings/{training_id}")["training"]
+    except (KeyboardInterrupt, Unreachable):
+        say(f"the training goes on: `headrace attach {training_id}` follows it again, `headrace cancel {training_id}` stops it")
+        raise
+    if not quiet:
+        say(f"training {training['status']}{': ' + training['reason'] if training.get('reason') else ''}  (run {training['run_id']})")
+    return training
