@@ -25,6 +25,12 @@ class NotConfigured(Exception):
     """Nothing says where the gateway is."""
 
 
+def proxy() -> str | None:
+    """The proxy that a training reaches everything by, as its trainer says; None outside of one. The environment's other proxies are not
+    asked: they rarely know the way to a gateway."""
+    return os.environ.get("HEADRACE_PROXY") or None
+
+
 def state_dir(start: Path | None = None) -> Path:
     """The local stack's folder: HEADRACE_STATE_DIR, else the nearest existing .headrace upwards from `start`, else .headrace in `start`."""
     if explicit := os.environ.get("HEADRACE_STATE_DIR"):

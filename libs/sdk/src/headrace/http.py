@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from headrace.config import Connection, NotConfigured, connection
+from headrace.config import Connection, NotConfigured, connection, proxy
 
 Json = dict[str, Any]
 
@@ -63,6 +63,7 @@ class Client:
             base_url=self.target.url,
             headers={"authorization": f"Bearer {self.target.token}"},
             timeout=httpx.Timeout(timeout_s, connect=5.0),
+            proxy=proxy(),
             trust_env=False,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from headrace.config import proxy
 from headrace.http import Client, HeadraceError, Unreachable
 
 _ATTEMPTS = 4
@@ -35,7 +36,7 @@ def upload(client: Client, start_path: str, path: Path, extra: dict[str, Any]) -
     ticket = client.post(start_path, {**extra, "size_bytes": size, "sha256": digest}, repeatable=True)
     etags: list[str] = []
     if not ticket.get("complete"):
-        with path.open("rb") as file, httpx.Client(timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False) as store:
+        with path.open("rb") as file, httpx.Client(timeout=httpx.Timeout(120.0, connect=5.0), proxy=proxy(), trust_env=False) as store:
             for url in ticket["part_urls"]:
                 etags.append(put_part(store, url, file.read(int(ticket["part_size_bytes"]))))
     done = client.post(f"/api/v1/uploads/{ticket['upload_id']}/complete", {"part_etags": etags}, repeatable=True)
