@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import onnx
 import pytest
 from artifacts import Part
 from artifacts.s3 import S3Store
@@ -21,6 +23,7 @@ from contracts.tracker.v1 import events_pb2, model_pb2
 from contracts.tracker.v1 import service_pb2 as pb
 from eventing.envelope import decode_headers
 from eventing.kafka import KafkaBroker
+from onnx import TensorProto, helper, numpy_helper
 from servicekit import rpc, runtoken
 from servicekit.access import Caller
 from servicekit.clock import SystemClock
@@ -34,6 +37,9 @@ SIGNATURE = model_pb2.ModelSignature(
     inputs=[model_pb2.TensorSpec(name="x", datatype="FP32", shape=[-1, 2])],
     outputs=[model_pb2.TensorSpec(name="y", datatype="FP32", shape=[-1])],
 )
+ONE_FILE = b"\x08\x08\x12\xa0\x8d\x06" + os.urandom(100_000)
+"""As protobuf a model of ONNX: its ir_version, and a long name of who made it."""
+
 SAMPLES = json.dumps({"inputs": {"x": [[1, 2], [3, 4]]}, "outputs": {"y": [0.1, 0.9]}}).encode()
 
 
@@ -68,7 +74,7 @@ async def fetch(url: str) -> bytes:
 
 async def test_a_run_with_a_model_goes_from_upload_to_event(running: Any) -> None:
     stub = running.stub("gateway")
-    model, more = os.urandom(100_000), os.urandom(7)
+    model, more = ONE_FILE, os.urandom(7)
     with rpc.acting_for(ADA):
         experiment = (await stub.CreateExperiment(pb.CreateExperimentRequest(name="flights"))).experiment
         created = await stub.CreateRun(pb.CreateRunRequest(experiment_id=experiment.id, name="first", tags={"a": "b"}))
@@ -178,12 +184,30 @@ async def test_a_completion_that_was_cut_off_after_joining_goes_on(running: Any,
         assert done.object.size_bytes == 6
 
 
+def external_model() -> bytes:
+    """A model whose weights a runtime would read from a file of the author's choice."""
+    weights = numpy_helper.from_array(np.ones((2, 1), np.float32), "w")
+    onnx.external_data_helper.set_external_data(weights, location="/proc/self/environ")
+    weights.ClearField("raw_data")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 1])],
+        [weights],
+    )
+    made: bytes = helper.make_model(graph).SerializeToString()
+    return made
+
+
 async def test_a_model_that_cannot_be_delivered_is_refused_with_the_reason(running: Any) -> None:
     stub = running.stub("gateway")
     good: dict[str, Any] = {"name": "model", "path": "m.onnx", "format": "onnx", "signature": SIGNATURE, "samples_path": "s.json"}
     with rpc.acting_for(ADA):
         run_id = (await stub.CreateRun(pb.CreateRunRequest())).run.run_id
         await put(stub, b"model", run_id=run_id, path="m.onnx")
+        await put(stub, b"weights", run_id=run_id, path="other.onnx")
+        await put(stub, external_model(), run_id=run_id, path="external.onnx")
         await put(stub, SAMPLES, run_id=run_id, path="s.json")
         await put(stub, b'{"inputs": {}, "outputs": {}}', run_id=run_id, path="empty.json")
         await put(stub, b" " * (8 * 1024 * 1024 + 1), run_id=run_id, path="large.json")
@@ -194,10 +218,13 @@ async def test_a_model_that_cannot_be_delivered_is_refused_with_the_reason(runni
             ({"samples_path": "empty.json"}, "samples.inputs.x"),
             ({"samples_path": "large.json"}, "samples_path"),
             ({"path": "missing.onnx"}, "path"),
+            ({"path": "other.onnx"}, "path"),
+            ({"path": "external.onnx"}, "path"),
         ):
             with pytest.raises(Invalid) as caught:
                 await stub.LogModel(pb.LogModelRequest(**{"run_id": run_id, **good, **change}))
             assert caught.value.violations[0].field == field
+        assert "keeps the tensor 'w' in another file" in caught.value.violations[0].message
         assert not (await stub.GetRun(pb.GetRunRequest(run_id=run_id))).run.models
         await stub.FinishRun(pb.FinishRunRequest(run_id=run_id, status="FINISHED"))
         with pytest.raises(Conflict, match="has ended"):

@@ -11,9 +11,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -86,6 +88,11 @@ class MemoryWork:
         self.events.append(event)
 
 
+def model_file(script: bytes) -> bytes:
+    """What is an ONNX model as far as protobuf goes: the name of who made it, which is the script."""
+    return bytes([0x12, len(script)]) + script
+
+
 class Scripted:
     """Stands for the sandbox: scores by the bytes of the model's file (`slope`), or the error that they name."""
 
@@ -95,7 +102,7 @@ class Scripted:
     async def predict(
         self, model: Path, declared: Model | None, rows: Path, samples: dict[str, Any] | None, *, measure: bool
     ) -> Prediction:
-        data = await asyncio.to_thread(model.read_bytes)
+        data = (await asyncio.to_thread(model.read_bytes))[2:]
         with pa.memory_map(str(rows)) as source:
             table = pa.ipc.open_file(source).read_all()
         self.seen.append((data, declared, measure, table.column_names))
@@ -165,13 +172,18 @@ class World:
     async def run(self, data: bytes = b"1.0", run_id: str = "r" * 32, samples: Any = None, **changes: Any) -> FinishedRun:
         logged = samples if samples is not None else {"inputs": {"x": [1.0, 2.0]}, "outputs": {"p": [1.0, 2.0]}}
         model = Model(
-            "model", "onnx", await self.put(data), (Tensor("x", "FP32", (-1, 1)),), (), await self.put(json.dumps(logged).encode())
+            "model",
+            "onnx",
+            await self.put(model_file(data)),
+            (Tensor("x", "FP32", (-1, 1)),),
+            (),
+            await self.put(json.dumps(logged).encode()),
         )
         made = FinishedRun(run_id=run_id, experiment="flights", user="ada", models=(model,), inputs=(DataVersion("2013", 1, "c" * 64),))
         return replace(made, **changes)
 
     async def crown(self, data: bytes, version: int = 1) -> None:
-        await self.work.crown("flight-delays", Champion(version, await self.put(data)))
+        await self.work.crown("flight-delays", Champion(version, await self.put(model_file(data))))
 
     async def evaluated(self, run: FinishedRun) -> Evaluation:
         """Takes the run in, does the evaluation and decides it, as job and consumer would."""
@@ -392,6 +404,19 @@ async def test_a_holdout_that_does_not_exist_or_is_too_large(world: World) -> No
     assert "the most that is read" in (await world.evaluated(await world.run(b"1.0"))).reason
     world.datasets.stored = None
     assert "april version 1 does not exist" in (await world.evaluated(await world.run(b"1.1", run_id="s" * 32))).reason
+
+
+async def test_a_model_whose_weights_are_elsewhere_is_not_even_loaded(world: World, tiny: ModuleType) -> None:
+    made = onnx.load_from_string(tiny.linear(1.0))
+    weights = made.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(weights, location="/proc/self/environ")
+    weights.ClearField("raw_data")
+    run = await world.run()
+    elsewhere = replace(run.models[0], blob=await world.put(made.SerializeToString()))
+    judged = await world.evaluated(replace(run, models=(elsewhere,)))
+    assert judged.status is Status.FAILED
+    assert "the candidate's model cannot be evaluated: the model keeps the tensor" in judged.reason
+    assert world.predictor.seen == []
 
 
 async def test_nothing_is_judged_on_rows_that_trainings_may_have_read(world: World) -> None:

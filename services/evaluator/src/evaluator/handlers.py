@@ -15,6 +15,7 @@ from typing import Any
 
 from artifacts import ArtifactStore
 from artifacts.blobs import blob_key
+from artifacts.onnxfile import check_one_file
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Invalid, NotFound, Unavailable, Violation
 
@@ -321,6 +322,10 @@ class Evaluator:
             raise Unjudgeable(f"{what} has {blob.size_bytes} bytes, and {MAX_MODEL_BYTES} is the most that is evaluated")
         # By the key that follows from the content, whatever key the event names.
         await self._download(what, blob_key(blob.sha256), blob.sha256, path)
+        try:
+            await asyncio.to_thread(check_one_file, path)
+        except Invalid as error:
+            raise Unjudgeable(f"{what} cannot be evaluated: {error}") from error
 
     async def _download(self, what: str, key: str, sha256: str, path: Path) -> None:
         try:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from artifacts import ArtifactStore, Part
 from artifacts.blobs import blob_key
+from artifacts.onnxfile import MAX_ONNX_BYTES, check_one_file
 from servicekit.access import GATEWAY, Caller, require_role
 from servicekit.clock import Clock, Ids
-from servicekit.errors import Conflict, Forbidden, Invalid, NotFound, Violation
+from servicekit.errors import Conflict, Forbidden, Invalid, NotFound, TooLarge, Violation
 
 from tracker.domain import artifact as rules
 from tracker.domain.artifact import Artifact, Dataset, Upload
@@ -128,7 +131,10 @@ class Deliverables:
     async def log_model(
         self, caller: Caller, run_id: str, name: str, path: str, format: str, signature: Signature, samples_path: str
     ) -> DeliverableModel:
-        """Declares an uploaded artifact to be a deliverable model and copies it to its blob. Repeatable; the last of a name counts."""
+        """Declares an uploaded artifact to be a deliverable model and copies it to its blob. Repeatable; the last of a name counts.
+
+        Raises Invalid for a model that names other files to read its weights from: what was hashed must be all of it.
+        """
         problems = check_name("name", name) + check_signature(signature)
         if format not in FORMATS:
             problems.append(Problem("format", f"{format!r} is not one of {', '.join(sorted(FORMATS))}"))
@@ -149,6 +155,7 @@ class Deliverables:
         rows = await self._objects.read(samples_file.key, sha256=samples_file.sha256, max_bytes=MAX_SAMPLES_BYTES)
         with told():
             await asyncio.to_thread(check_samples, rows, signature)
+        await self._check_model(model_file)
         model = DeliverableModel(name, format, await self._blob(model_file), signature, await self._blob(samples_file))
         async with self._store.transaction() as work:
             run = found_run(await work.runs.lock(run_id), run_id)
@@ -234,6 +241,18 @@ class Deliverables:
         # The source was verified and nothing overwrites it, and whoever reads the blob verifies it again.
         await self._objects.copy(source.key, key, sha256=source.sha256)
         return BlobRef(source.sha256, source.size_bytes, key)
+
+    async def _check_model(self, source: BlobRef) -> None:
+        """Raises Invalid for a model that is not all there. Takes as long as reading it takes."""
+        if source.size_bytes > MAX_ONNX_BYTES:
+            raise TooLarge(f"an ONNX file holds at most {MAX_ONNX_BYTES} bytes", [Violation("path", f"has {source.size_bytes} bytes")])
+        with tempfile.TemporaryDirectory(prefix="headrace-model-") as folder:
+            file = Path(folder) / "model.onnx"
+            await self._objects.download(source.key, file, sha256=source.sha256)
+            try:
+                await asyncio.to_thread(check_one_file, file)
+            except Invalid as refused:
+                raise Invalid("the input is not valid", [Violation("path", refused.message)]) from refused
 
     async def _artifact(self, work: UnitOfWork, run_id: str, field: str, path: str) -> BlobRef:
         artifact = await work.artifacts.get(run_id, path)
