@@ -102,6 +102,8 @@ async def test_the_registry_has_sections_validated(shared: Any) -> None:
     assert await violations(SECTION) == []
     assert await violations({**SECTION, "command": "python train.py", "seed": -1}) == ["train.command", "train.seed"]
     assert await violations({**SECTION, "resources": {"memory": "9GiB"}}) == ["train.resources.memory"]
+    # Nothing would ever start it.
+    assert await violations({**SECTION, "triggers": [{"cron": "0 3 * * *"}, "push", "drift"]}) == ["train.triggers[1]", "train.triggers[2]"]
     with pytest.raises(Invalid):
         await shared.sections.ValidateSection(registry_pb2.ValidateSectionRequest(section="serve", section_json="{}"))
     stub = type(shared.sections)(shared.channel_to(await shared.started[0].port(), "gateway"))

@@ -16,7 +16,7 @@ from servicekit.errors import Conflict, Invalid, NotFound, TooLarge, Violation
 from trainer.domain import training as rules
 from trainer.domain.errors import Problem, Refused, Rejected
 from trainer.domain.schedule import last_due
-from trainer.domain.section import TrainSection, parse
+from trainer.domain.section import TrainSection, parse, unwatched
 from trainer.domain.training import Event, Request, Resources, Source, Status, Training
 from trainer.ports import AppliedDelivery, Logs, RequestKey, Store, UnitOfWork, Upload
 
@@ -208,7 +208,7 @@ class Trainer:
             self._check_most(section.resources, "train.")
         except Rejected as exc:
             return list(exc.problems)
-        return []
+        return unwatched(section)
 
     async def remember(self, delivery: AppliedDelivery) -> None:
         """Keeps what a delivery says; the highest revision counts, whatever comes last."""

@@ -7,7 +7,7 @@ train:
   environment: {NAME: value}
   seed: 7
   max_attempts: 1
-  triggers: [push, drift, {cron: "0 3 * * *"}]
+  triggers: [{cron: "0 3 * * *"}]
 """
 
 from __future__ import annotations
@@ -42,12 +42,21 @@ class TrainSection:
     seed: int = 0
     max_attempts: int = 0
     triggers: tuple[str, ...] = ()
-    """`push`, `drift`, `cron <five fields>`."""
+    """`cron <five fields>`; in sections that were stored earlier also `push` and `drift`, which nobody watches: see `unwatched`."""
 
     @property
     def crons(self) -> tuple[str, ...]:
         """The cron expressions among the triggers."""
         return tuple(trigger.removeprefix("cron ") for trigger in self.triggers if trigger.startswith("cron "))
+
+
+def unwatched(section: TrainSection, prefix: str = "train") -> list[Problem]:
+    """The triggers that can be read and would never start anything; a delivery that asks for one is not to be stored."""
+    return [
+        Problem(f"{prefix}.triggers[{index}]", f"{trigger} is not watched yet; use cron, or start it with headrace run")
+        for index, trigger in enumerate(section.triggers)
+        if not trigger.startswith("cron ")
+    ]
 
 
 def parse(section_json: str, prefix: str = "train") -> TrainSection:
@@ -145,7 +154,7 @@ class _Reader:
     def _triggers(self, value: Any) -> Iterator[str]:
         where = f"{self._prefix}.triggers"
         if not isinstance(value, list):
-            self._wrong(where, "a list is needed, like [push]")
+            self._wrong(where, 'a list is needed, like [{cron: "0 3 * * *"}]')
             return
         for index, trigger in enumerate(value):
             if trigger in ("push", "drift"):
@@ -155,7 +164,7 @@ class _Reader:
                     self._wrong(f"{where}[{index}].cron", wrong)
                 yield f"cron {trigger['cron']}"
             else:
-                self._wrong(f"{where}[{index}]", 'push, drift or {cron: "minute hour day month weekday"}')
+                self._wrong(f"{where}[{index}]", '{cron: "minute hour day month weekday"} is needed')
 
     def _mapping(self, where: str, value: Any, known: tuple[str, ...] | None) -> dict[str, Any]:
         if not isinstance(value, dict):
