@@ -129,7 +129,6 @@ def test_a_new_revision_ends_the_window_and_is_named_last() -> None:
     old.arms["v1"].counts.assigned()
     book.switch("other", route(9, endpoint="other"), 100.0)
     book.switch("flights", route(2), 100.1)
-    assert book.announcing
     (announcement,) = book.tick(100.1)
     assert [(one.endpoint, one.revision, one.arms) for one in announcement.endpoints] == [("other", 9, ()), ("flights", 2, ())]
     reports = book.tick(100.16)

@@ -12,11 +12,3 @@ def blob_key(sha256: str) -> str:
     """`blobs/sha256/ab/abcd...`: the key of the blob with this hash (64 lower-case hex digits). Raises Invalid."""
     check_sha256(sha256)
     return f"{BLOBS}{sha256[:2]}/{sha256}"
-
-
-def blob_sha256(key: str) -> str:
-    """The hash that a blob's key names: the inverse of `blob_key`. Raises Invalid."""
-    sha256 = key.rpartition("/")[2]
-    if key != blob_key(sha256):  # also refuses a hash in the wrong folder
-        check_sha256("")
-    return sha256

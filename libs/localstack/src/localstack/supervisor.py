@@ -61,7 +61,6 @@ class Supervisor:
         if with_services:
             self._states[SETUP] = PartState(SETUP)
             self._ready[SETUP] = threading.Event()
-        self._setup_child: Child | None = None
 
     def run(self) -> None:
         """Blocks until told to stop by SIGTERM or SIGINT, then stops everything in order and returns."""

@@ -67,7 +67,6 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_body",
-        "_buffered",
         "_complete",
         "_fields",
         "_framed",
@@ -100,7 +99,6 @@ class Connection(asyncio.Protocol):
     def _reset(self) -> None:
         self._fields: dict[bytes, bytes] = {}
         self._body: bytes | bytearray = b""
-        self._buffered = 0
         self._complete = False
         self._in_head = False
         self._head_bytes = 0

@@ -300,11 +300,6 @@ class WindowBook:
             self._recorders[endpoint] = Recorder(new, now)
             self._announce = True
 
-    @property
-    def announcing(self) -> bool:
-        """A revision is being served that no message has named yet: tick soon."""
-        return self._announce
-
     def finish(self, now: float) -> list[Report]:
         """The last reports, of windows that are cut off here: the process is leaving."""
         for endpoint in list(self._recorders):
