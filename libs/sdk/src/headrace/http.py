@@ -14,6 +14,9 @@ from headrace.config import Connection, NotConfigured, connection, proxy
 
 Json = dict[str, Any]
 
+PATIENCE_S = 5.0
+"""For so long a call that may be repeated is repeated; a training script has more patience."""
+
 _RETRIED_STATUS = frozenset({429, 502, 503, 504})
 
 
@@ -53,12 +56,12 @@ class Client:
     `request_id` (or is one of the calls whose contract says that they may be repeated: `repeatable=True`).
     """
 
-    def __init__(self, target: Connection | None = None, *, timeout_s: float = 30.0, patience_s: float = 5.0) -> None:
+    def __init__(self, target: Connection | None = None, *, timeout_s: float = 30.0, patience_s: float = PATIENCE_S) -> None:
         try:
             self.target = target or connection()
         except NotConfigured as error:
             raise InvalidInput(str(error), code="NOT_CONFIGURED") from None
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._http = httpx.Client(
             base_url=self.target.url,
             headers={"authorization": f"Bearer {self.target.token}"},
@@ -119,7 +122,7 @@ class Client:
         body: Mapping[str, Any] | None = None,
         repeatable: bool = False,
     ) -> Json:
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self.patience_s
         for attempt in itertools.count():
             last = not repeatable or time.monotonic() > deadline
             try:
@@ -132,8 +135,13 @@ class Client:
                     return dict(answer.json()) if answer.content else {}
                 if answer.status_code not in _RETRIED_STATUS or last:
                     _raise(answer)
-            time.sleep(min(4.0, 0.2 * 2 ** min(attempt, 6)) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, not a secret
+            time.sleep(pause(attempt))
         raise AssertionError("unreachable: the loop ends by returning or raising")
+
+
+def pause(attempt: int) -> float:
+    """Seconds between attempt number `attempt`, from 0 on, and the next: from 0.2 to 4, and some less at random."""
+    return float(min(4.0, 0.2 * 2 ** min(attempt, 6)) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, not a secret
 
 
 def _raise(answer: httpx.Response) -> None:
