@@ -41,6 +41,7 @@ from evaluator.ports import StoredHoldout
 from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.clock import FakeClock, SequentialIds
 from servicekit.errors import Invalid, NotFound
+from servicekit.paging import MOST
 
 NOW = datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 SHA = "ab" * 32
@@ -232,7 +233,7 @@ async def test_pages_follow_one_another_to_the_end() -> None:
     assert [one.evaluation_id for one in second.evaluations] == ["e1"]
     assert second.next_page_token == ""
     await servicer.ListEvaluations(service_pb2.ListEvaluationsRequest(page_size=10**6), None)
-    assert pages.asked[3] == 501
+    assert pages.asked[3] == MOST + 1
     with pytest.raises(Invalid):
         await servicer.ListEvaluations(service_pb2.ListEvaluationsRequest(page_size=-1), None)
 

@@ -15,6 +15,7 @@ from servicekit import runtoken
 from servicekit.access import GATEWAY, Caller, require_role
 from servicekit.clock import Clock, Ids
 from servicekit.errors import AlreadyExists, Conflict, Forbidden, Invalid, NotFound, Violation
+from servicekit.paging import page_size
 
 from tracker.domain import run as rules
 from tracker.domain.artifact import Dataset
@@ -24,7 +25,6 @@ from tracker.ports import RequestKey, Store, UnitOfWork
 
 READERS = ("viewer", "editor", "approver", "admin")
 WRITERS = ("editor", "admin")
-MAX_PAGE = 1_000
 LEASE_EXPIRED = "lease expired"
 MAX_INPUTS = 1_000
 
@@ -93,13 +93,6 @@ def found_run(run: Run | None, run_id: str) -> Run:
 def no_training_on(holdout: Dataset) -> str:
     """Why a run gets nothing of a holdout."""
     return f"{holdout.name} version {holdout.version} is a holdout: models are judged on it, so no run may read it"
-
-
-def page_size(asked: int) -> int:
-    """How many items a page gets: 100 when not said."""
-    if asked < 0:
-        raise Invalid("the input is not valid", [Violation("page_size", "0 or more")])
-    return min(asked or 100, MAX_PAGE)
 
 
 class Tracker:

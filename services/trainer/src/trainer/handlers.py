@@ -12,6 +12,7 @@ from artifacts import ArtifactStore
 from servicekit.access import Caller
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Conflict, Invalid, NotFound, TooLarge, Violation
+from servicekit.paging import page_size
 
 from trainer.domain import training as rules
 from trainer.domain.errors import Problem, Refused, Rejected
@@ -20,7 +21,6 @@ from trainer.domain.section import TrainSection, parse, unwatched
 from trainer.domain.training import Event, Request, Resources, Source, Status, Training
 from trainer.ports import AppliedDelivery, Logs, RequestKey, Store, UnitOfWork, Upload
 
-MAX_PAGE = 1_000
 LOG_CHUNK = 64 * 1024
 _FOLLOW_S = 0.2
 _log = logging.getLogger(__name__)
@@ -346,13 +346,6 @@ class Trainer:
         ]
         if problems:
             raise Rejected(problems)
-
-
-def page_size(asked: int) -> int:
-    """How many items a page gets: 100 when not said."""
-    if asked < 0:
-        raise Invalid("the input is not valid", [Violation("page_size", "0 or more")])
-    return min(asked or 100, MAX_PAGE)
 
 
 def _found(training: Training | None, training_id: str) -> Training:

@@ -10,7 +10,7 @@ from contracts.registry.v1 import service_pb2 as registry_pb
 from contracts.registry.v1 import service_pb2_grpc as registry_grpc
 from eventing import dlq_grpc
 from servicekit.access import EVERY_ROLE, Rule
-from servicekit.errors import Invalid, Violation
+from servicekit.paging import page_size
 
 from evaluator.entrypoints import translate
 from evaluator.handlers import Evaluations, Holdouts
@@ -22,8 +22,6 @@ DEAD_LETTERS = dlq_grpc.SERVICE
 Context = Any
 """grpc.aio.ServicerContext; the servicers do not look at it."""
 
-DEFAULT_PAGE = 50
-MAX_PAGE = 500
 
 ACCESS = {
     **{f"/{SERVICE}/{method}": Rule({"gateway"}, EVERY_ROLE) for method in ("GetEvaluation", "ListEvaluations", "GetReport")},
@@ -42,9 +40,7 @@ class EvaluatorServicer(service_pb2_grpc.EvaluatorServiceServicer):
         return pb.GetEvaluationResponse(evaluation=translate.evaluation(await self._evaluations.get(request.evaluation_id)))
 
     async def ListEvaluations(self, request: pb.ListEvaluationsRequest, context: Context) -> pb.ListEvaluationsResponse:
-        if request.page_size < 0:
-            raise Invalid("a page has a size", [Violation("page_size", "must not be negative")])
-        size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
+        size = page_size(request.page_size)
         before = translate.page_place(request.page_token)
         page = await self._evaluations.page(request.delivery, request.run_id, before, size + 1)
         more = len(page) > size

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import TypeVar
 
 from artifacts import check_sha256
@@ -20,9 +20,9 @@ from contracts.tracker.v1 import model_pb2
 from eventing import topics
 from eventing.envelope import Event as Envelope
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Invalid, Violation
+from servicekit.moments import moment
 
 from evaluator.domain import policy
 from evaluator.domain.candidate import Blob, Candidate, DataVersion, FinishedRun, Model, Source, Tensor
@@ -257,8 +257,8 @@ def evaluation(one: Evaluation) -> service_pb2.Evaluation:
         status=one.status.value,
         judgement=told,
         reason=one.reason,
-        created_at=_moment(one.created_at),
-        finished_at=None if one.finished_at is None else _moment(one.finished_at),
+        created_at=moment(one.created_at),
+        finished_at=None if one.finished_at is None else moment(one.finished_at),
     )
 
 
@@ -308,9 +308,3 @@ def page_place(token: str) -> str:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, ValueError) as error:
         raise Invalid("not a page token", [Violation("page_token", "must be one that was answered")]) from error
-
-
-def _moment(at: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(at.astimezone(UTC))
-    return message

@@ -8,12 +8,13 @@ from contracts.registry.v1 import service_pb2 as pb
 from contracts.registry.v1 import service_pb2_grpc
 from eventing import dlq_grpc
 from servicekit.access import EVERY_ROLE, AccessTable, Rule, current_caller
+from servicekit.paging import page_size
 
 from registry.entrypoints import translate
 from registry.handlers.access import Access
 from registry.handlers.audit import AuditTrail
 from registry.handlers.deliveries import Deliveries
-from registry.handlers.versions import Versions, page_size
+from registry.handlers.versions import Versions
 
 REGISTRY = pb.DESCRIPTOR.services_by_name["RegistryService"].full_name
 ACCESS_SERVICE = pb.DESCRIPTOR.services_by_name["AccessService"].full_name

@@ -15,8 +15,8 @@ from eventing import topics
 from eventing.consumer import UnknownValue
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.errors import Invalid, Violation
+from servicekit.moments import moment
 
 from registry.domain.access import ApiKey
 from registry.domain.approvals import Approval
@@ -263,13 +263,6 @@ def time_of(message: Any, field: str) -> datetime | None:
 
 
 # Answers
-
-
-def moment(at: datetime) -> Timestamp:
-    """A time, in UTC."""
-    message = Timestamp()
-    message.FromDatetime(at.astimezone(UTC).replace(tzinfo=None))
-    return message
 
 
 def _ref(version: VersionRef) -> events_pb2.VersionRef:

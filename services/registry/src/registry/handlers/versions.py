@@ -12,6 +12,7 @@ from uuid import UUID
 from servicekit.access import Caller
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Forbidden, Invalid, NotFound, Violation
+from servicekit.paging import page_size
 
 from registry.domain.approvals import Approval, Vote
 from registry.domain.errors import Malformed
@@ -19,9 +20,6 @@ from registry.domain.models import CHAMPION, MAX_REASON, By, Model, Policy
 from registry.domain.versions import Journey, Judgement, Stage
 from registry.handlers.telling import told
 from registry.ports import ModelSummary, Session, Store, VersionView
-
-MAX_PAGE = 500
-DEFAULT_PAGE = 50
 
 
 class VersionEvents:
@@ -196,11 +194,6 @@ class Versions:
         policy = await _policy(session, journey, name)
         model = await _model(session, name, number)
         return policy, model
-
-
-def page_size(limit: int) -> int:
-    """A page's length: the default for 0, never more than the most."""
-    return min(limit, MAX_PAGE) if limit > 0 else DEFAULT_PAGE
 
 
 async def _model(session: Session, model: str | UUID, *versions: int, run_id: str = "") -> Model:

@@ -8,11 +8,13 @@ from contracts.tracker.v1 import service_pb2 as pb
 from contracts.tracker.v1 import service_pb2_grpc
 from opentelemetry import trace
 from servicekit.access import EVERY_ROLE, Rule, current_caller
+from servicekit.moments import moment
+from servicekit.paging import page_size
 
 from tracker.deliverables import Deliverables
 from tracker.domain.run import Metric
 from tracker.entrypoints import translate
-from tracker.handlers import Tracker, page_size
+from tracker.handlers import Tracker
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrackerService"].full_name
 
@@ -104,7 +106,7 @@ class TrackerServicer(service_pb2_grpc.TrackerServiceServicer):
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         expires = await self._tracker.renew_lease(current_caller(), request.run_id, request.fencing_token or None)
-        return pb.RenewLeaseResponse(expires_at=translate.moment(expires))
+        return pb.RenewLeaseResponse(expires_at=moment(expires))
 
     async def GetMetricHistory(self, request: pb.GetMetricHistoryRequest, context: Context) -> pb.GetMetricHistoryResponse:
         place = translate.page_place(request.page_token, int, int, float)

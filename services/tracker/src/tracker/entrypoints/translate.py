@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 from contracts.tracker.v1 import events_pb2, model_pb2, service_pb2
@@ -91,12 +90,6 @@ def _message(event: Event) -> tuple[str, events_pb2.RunStarted | events_pb2.RunF
 
 def timestamp(milliseconds: int) -> Timestamp:
     return Timestamp(seconds=milliseconds // 1000, nanos=milliseconds % 1000 * 1_000_000)
-
-
-def moment(at: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(at.astimezone(UTC).replace(tzinfo=None))
-    return message
 
 
 def experiment(one: Experiment) -> service_pb2.Experiment:

@@ -11,9 +11,10 @@ from contracts.trainer.v1 import service_pb2 as pb
 from contracts.trainer.v1 import service_pb2_grpc
 from servicekit.access import EVERY_ROLE, Rule, current_caller
 from servicekit.errors import Invalid, Violation
+from servicekit.paging import page_size
 
 from trainer.entrypoints import translate
-from trainer.handlers import Trainer, page_size
+from trainer.handlers import Trainer
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainerService"].full_name
 SECTION_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["DeliverySectionService"].full_name

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from contracts.registry.v1 import events_pb2 as registry_events_pb2
 from contracts.registry.v1 import service_pb2 as registry_pb2
 from contracts.trainer.v1 import events_pb2, service_pb2
 from eventing import topics
 from eventing.envelope import Event as Envelope
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.clock import Clock, Ids
+from servicekit.moments import moment
 
 from trainer.domain.errors import Problem
 from trainer.domain.training import (
@@ -97,15 +95,9 @@ def training(one: Training) -> service_pb2.Training:
         run_id=one.run_id,
         attempt=one.attempt,
         reason=one.reason,
-        created_at=_timestamp(one.created_at),
-        finished_at=None if one.finished_at is None else _timestamp(one.finished_at),
+        created_at=moment(one.created_at),
+        finished_at=None if one.finished_at is None else moment(one.finished_at),
     )
-
-
-def _timestamp(at: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(at.astimezone(UTC).replace(tzinfo=None))
-    return message
 
 
 def violation(problem: Problem) -> registry_pb2.FieldViolation:
