@@ -1,16 +1,16 @@
-"""Trainings of end-to-end tests: a source folder with real packages, and a meeting point to which scripts that run hold a connection."""
+"""Trainings of end-to-end tests: a source folder with real packages, and trainings that wait in the middle for a test to act."""
 
 from __future__ import annotations
 
 import re
+import secrets
 import shutil
-import socket
+import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from headrace.cli.training import upload_source
 
 from tests.e2e.world import World, eventually
@@ -46,9 +46,10 @@ def delivery_that_trains(world: World) -> str:
     return world.delivery().replace("evaluate:\n", f"{TRAIN_SECTION}evaluate:\n", 1)
 
 
-def submit(world: World, source: Path, **environment: str) -> str:
-    """Uploads and submits as `headrace run` does; returns the training's id."""
-    body = {"delivery": world.name, "source": upload_source(world.client, source), "seed": 3, "environment": environment}
+def submit(world: World, source: Path, *words: str) -> str:
+    """Uploads and submits as `headrace run -- WORDS` does; returns the training's id."""
+    command = ["python", "train.py", *words]
+    body = {"delivery": world.name, "source": upload_source(world.client, source), "seed": 3, "command": command}
     return str(world.client.post("/api/v1/trainings", body)["training"]["training_id"])
 
 
@@ -66,64 +67,51 @@ def ended(world: World, training_id: str, seconds: float = 120) -> dict[str, Any
     return dict(eventually(over, seconds, f"training {training_id} ends"))
 
 
-class Meeting:
-    """Sees how many scripts run at once, and holds them until it lets them go."""
+class Waiting:
+    """A training whose script waits before it trains, in each attempt anew, until it is told to go on.
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = str(self._listener.getsockname()[1])
-        self.met = 0
+    Scripts are found among the processes of this machine by a word in their command: a sandbox has no other way to meet.
+    """
+
+    def __init__(self, world: World, source: Path) -> None:
+        self._world = world
+        self._word = secrets.token_hex(8)
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self.most_at_once = 0
-        self._lines: set[socket.socket] = set()
-        self._patient = True
-        self._changed = threading.Condition()
+        self.id = submit(world, source, "--wait", self._word)
 
-    def until(self, *, met: int, running: int, seconds: float = 120) -> None:
-        """Waits until so many have come in all, and so many are there."""
-        with self._changed:
-            arrived = self._changed.wait_for(lambda: (self.met, len(self._lines)) == (met, running), seconds)
-            assert arrived, f"{self.met} came and {len(self._lines)} are there, not {met} and {running}"
+    def __enter__(self) -> Waiting:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+
+    def until_waiting(self, attempt: int) -> str:
+        """Waits until the script of this attempt waits; returns its run."""
+
+        def run() -> str:
+            told = training(self._world, self.id)
+            log = self._world.client.lines(f"/api/v1/trainings/{self.id}/log")
+            return told["run_id"] if told["attempt"] == attempt and f"run {told['run_id']} waits" in log else ""
+
+        return str(eventually(run, 120, f"attempt {attempt} is in the middle"))
+
+    def until_gone(self) -> None:
+        """Waits until no process of it is left."""
+        eventually(lambda: not self._running(), 30, "its process is gone")
 
     def go(self) -> None:
-        """Lets everybody train, those that are still to come too."""
-        with self._changed:
-            self._patient = False
-            for line in self._lines:
-                line.sendall(b"go")
+        """Lets the script train that waits."""
+        (process,) = self._running()
+        process.send_signal(signal.SIGUSR1)
 
-    @contextmanager
-    def open(self) -> Iterator[Meeting]:
-        threading.Thread(target=self._accept, daemon=True).start()
-        try:
-            yield self
-        finally:
-            # An accept that blocks is not ended by closing its socket, but by a shutdown.
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
+    def _running(self) -> list[psutil.Process]:
+        command = ["python", "train.py", "--wait", self._word]
+        return [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == command]
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                line, _ = self._listener.accept()
-            except OSError:  # it is closed
-                return
-            with self._changed:
-                self._lines.add(line)
-                self.met += 1
-                self.most_at_once = max(self.most_at_once, len(self._lines))
-                if not self._patient:
-                    line.sendall(b"go")
-                self._changed.notify_all()
-            threading.Thread(target=self._hold, args=(line,), daemon=True).start()
-
-    def _hold(self, line: socket.socket) -> None:
-        """Waits for the script's end, which closes its connection."""
-        try:
-            while line.recv(64):
-                pass
-        except ConnectionError:
-            pass  # a script that is killed resets its connection, which is an end too
-        with self._changed:
-            self._lines.discard(line)
-            self._changed.notify_all()
-        line.close()
+    def _watch(self) -> None:
+        while not self._stop.wait(0.1):
+            self.most_at_once = max(self.most_at_once, len(self._running()))

@@ -1,12 +1,13 @@
 """A user's training script, as small as one can be: a logistic regression on two inputs, exported and logged.
 
-With MEETING in its environment it first connects there and trains when it is told to, so that a test can act in the middle.
+With `--wait` it first waits for a signal, so that a test can act in the middle.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,12 +19,11 @@ from onnx import TensorProto, helper
 INPUTS = ("x0", "x1")
 
 
-def meet() -> None:
-    if port := os.environ.get("MEETING"):
-        with socket.create_connection(("127.0.0.1", int(port))) as line:
-            print("met", flush=True)
-            if line.recv(2) != b"go":
-                raise SystemExit("nobody is there any more")
+def wait() -> None:
+    """Until it is sent SIGUSR1, for which it is ready once it has said so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    print(f"run {os.environ['HEADRACE_RUN_ID']} waits", flush=True)
+    signal.sigwait({signal.SIGUSR1})
 
 
 def train(run: headrace.Run) -> np.ndarray:
@@ -57,7 +57,8 @@ def export(weights: np.ndarray) -> bytes:
 
 
 def main() -> None:
-    meet()
+    if "--wait" in sys.argv:
+        wait()
     with headrace.start_run() as run, tempfile.TemporaryDirectory() as folder:
         weights = train(run)
         rows = np.linspace(-2, 2, 8)
