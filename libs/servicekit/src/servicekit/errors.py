@@ -223,8 +223,7 @@ def to_grpc_status(exc: BaseException) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=row(REASONS, type(error)), domain=DOMAIN)
     if isinstance(error, Internal) and error.error_id:
         info.metadata["error_id"] = error.error_id
-    details = [info]
-    packed = [_pack(detail) for detail in details]
+    packed = [_pack(info)]
     if error.violations:
         bad_request = error_details_pb2.BadRequest(
             field_violations=[

@@ -110,7 +110,7 @@ class Intake:
     async def reevaluation_requested(self, work: UnitOfWork, request: Reevaluation) -> Outcome:
         """Records a new evaluation of a candidate on the journey that it is on, by the policy of that journey. Repeatable.
 
-        Raises NotFound when the evaluation that it replaces was not made here, Conflict when that one never was one.
+        Raises NotFound when the evaluation that it replaces was not made here, Invalid when that one is still open or was skipped.
         """
         old = await work.evaluations.lock(request.evaluation_id)
         if old is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from servicekit import runtoken
-from servicekit.access import GATEWAY, Caller, require_role
+from servicekit.access import EVERY_ROLE, GATEWAY, Caller, require_role
 from servicekit.clock import Clock, Ids
 from servicekit.errors import AlreadyExists, Conflict, Forbidden, Invalid, NotFound, Violation
 from servicekit.paging import page_size
@@ -23,7 +23,6 @@ from tracker.domain.errors import NotAllowed, Problem, Refused, Rejected
 from tracker.domain.run import ENDED, DatasetRef, Experiment, Facts, Metric, Run, RunSource, RunStarted, Status
 from tracker.ports import RequestKey, Store, UnitOfWork
 
-READERS = ("viewer", "editor", "approver", "admin")
 WRITERS = ("editor", "admin")
 LEASE_EXPIRED = "lease expired"
 MAX_INPUTS = 1_000
@@ -69,7 +68,7 @@ def told() -> Iterator[None]:
 def may_read(caller: Caller, run_id: str | None = None) -> None:
     """Raises Forbidden unless the caller may read this run (None: what belongs to no run). A run token reads its own run."""
     if caller.run_id is None:
-        require_role(caller, *READERS)
+        require_role(caller, *EVERY_ROLE)
     elif run_id not in (None, caller.run_id):
         raise Forbidden(f"this token is for run {caller.run_id} only")
 
@@ -184,7 +183,7 @@ class Tracker:
         self, caller: Caller, experiment_id: int, status: str, before: tuple[int, str] | None, limit: int
     ) -> Sequence[RunView]:
         """Newest first; status "" is any."""
-        require_role(caller, *READERS)  # not may_read: a run's token shows its own run and no other
+        require_role(caller, *EVERY_ROLE)  # not may_read: a run's token shows its own run and no other
         if status and status not in {*Status}:
             raise Invalid("the input is not valid", [Violation("status", f"one of {', '.join(Status)}")])
         async with self._store.transaction() as work:

@@ -9,9 +9,9 @@ from contracts.eventing.v1 import service_pb2 as eventing_pb
 from contracts.eventing.v1 import service_pb2_grpc as eventing_grpc
 from contracts.registry.v1 import service_pb2 as pb
 from fastapi import APIRouter
-from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, Field
 from servicekit.errors import NotFound, Transient
+from servicekit.moments import moment
 
 from gateway.control.peers import Peers
 from gateway.control.routing import PeersOf, answers
@@ -47,9 +47,7 @@ async def list_keys(peers: PeersOf) -> Json:
 async def create_key(body: NewKey, peers: PeersOf) -> Json:
     request = pb.CreateApiKeyRequest(subject=body.subject, roles=body.roles, inference_endpoints=body.inference_endpoints)
     if body.expires_in_days is not None:
-        expires = Timestamp()
-        expires.FromDatetime(datetime.now(UTC) + timedelta(days=body.expires_in_days))
-        request.expires_at.CopyFrom(expires)
+        request.expires_at.CopyFrom(moment(datetime.now(UTC) + timedelta(days=body.expires_in_days)))
     return to_json(await peers.access.CreateApiKey(request))
 
 

@@ -8,7 +8,7 @@ import httpx
 from contracts.evaluator.v1 import service_pb2 as evaluator_pb
 from contracts.registry.v1 import service_pb2 as registry_pb
 from fastapi import APIRouter, Request
-from servicekit.access import current_caller, require_role
+from servicekit.access import EVERY_ROLE, current_caller, require_role
 from servicekit.errors import Invalid, NotFound, Unavailable
 
 from gateway.control.lineage import lineage_of
@@ -25,7 +25,7 @@ ARM = "headrace.arm"
 MODEL = "headrace.model"
 VERSION = "headrace.model_version"
 
-READERS = ("viewer", "editor", "approver", "admin")
+READERS = EVERY_ROLE
 """Spans are asked of no service that would check it: a key that is for inference alone, or a run's token, sees none."""
 
 NOT_KEPT = (
