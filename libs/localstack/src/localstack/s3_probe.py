@@ -56,11 +56,12 @@ def request(access: S3Access, method: str, path: str, body: bytes = b"", timeout
         connection.close()
 
 
-def claim(access: S3Access, sentinel: str) -> str | None:
+def claim(access: S3Access) -> str | None:
     """Makes bucket and sentinel object when they are missing. None when the store then shows our sentinel, else the reason.
 
-    A store that keeps another sentinel is another stack's. May be repeated.
+    The sentinel holds a hash of our keys: a store that keeps another one is another stack's. Blocks; may be repeated.
     """
+    sentinel = hashlib.sha256(f"sentinel of {access.access_key} {access.secret_key}".encode()).hexdigest()
     path = f"/{access.bucket}/{SENTINEL}"
     try:
         status, body = request(access, "GET", path)
