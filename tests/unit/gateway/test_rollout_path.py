@@ -363,7 +363,7 @@ async def test_copies_are_compared_by_their_tensors(gateway: Gateway, runtime: R
 
 async def test_a_copy_that_hangs_or_fails_touches_no_caller(make_gateway: MakeGateway, runtime: Runtime) -> None:
     gateway = await make_gateway(Limits(shadow=ShadowLimits(in_flight=2, waiting=3)))
-    gateway.route(shadow=SHADOW)
+    gateway.route(shadow=replace(SHADOW, deadline_s=600))
     runtime.behave = lambda seen: (
         Answer(hang=True) if seen.model == "m-v3-g1" else Answer(body=outputs(seen.model, [float(len(runtime.seen))]))
     )
@@ -371,10 +371,12 @@ async def test_a_copy_that_hangs_or_fails_touches_no_caller(make_gateway: MakeGa
     answers = [(await client.infer()).json["outputs"][0]["data"][0] for _ in range(30)]
     assert answers == sorted(answers)
     assert len(answers) == 30
-    # Two hang, three wait, the rest was dropped: nobody waited for any of them.
+    # Two hang, at most three wait (fewer on a machine so busy that the gateway drops copies), the rest was dropped: nobody waited
+    # for any of them.
     await until(lambda: len(runtime.requests("m-v3-g1")) == 2)
     totals = gateway.totals()["v3-g1"]
-    assert (totals["shadow_sent"], totals["shadow_shed"]) == (2, 25)
+    assert totals["shadow_sent"] == 2
+    assert 25 <= totals["shadow_shed"] <= 28
     runtime.release.set()
 
 

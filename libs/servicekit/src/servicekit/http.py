@@ -18,10 +18,12 @@ AsgiApp = Callable[
 ]
 
 
-class _QuietServer(uvicorn.Server):
+class QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers: signals belong to servicekit.lifecycle."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals belong to servicekit.lifecycle
+        yield
 
 
 class HttpServer:
@@ -32,7 +34,7 @@ class HttpServer:
         self._address = split_address(address)
         self.name = name
         self._grace_s = grace_s
-        self._server: _QuietServer | None = None
+        self._server: QuietServer | None = None
         self._task: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
 
@@ -52,7 +54,7 @@ class HttpServer:
             timeout_graceful_shutdown=max(1, int(self._grace_s)),
             server_header=False,
         )
-        self._server = _QuietServer(config)
+        self._server = QuietServer(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name=f"{self.name} server")
         while not self._server.started:
             if self._task.done():

@@ -5,22 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import uvicorn
+from servicekit.http import QuietServer
 from uvicorn.server import ServerState
 
 from gateway.plane import DataPlane
 from gateway.server import check_uvicorn, protocol_for
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process's lifecycle decides when to stop."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class DataServer:
@@ -36,7 +29,7 @@ class DataServer:
         self._address = (host, port)
         self._grace_s = grace_s
         self._reuse_port = reuse_port
-        self._server: _Server | None = None
+        self._server: QuietServer | None = None
         self._task: asyncio.Task[None] | None = None
         self.port = 0
 
@@ -65,7 +58,7 @@ class DataServer:
             timeout_graceful_shutdown=max(1, round(self._grace_s)),
             backlog=2048,
         )
-        self._server = _Server(config)
+        self._server = QuietServer(config)
         self._plane.start()
         self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
         while not self._server.started:
