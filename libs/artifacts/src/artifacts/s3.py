@@ -83,7 +83,7 @@ class S3Store:
     async def check(self) -> None:
         """Asks whether the bucket can be read. Raises Unavailable or Forbidden."""
         if not await self._run(lambda: self._client.bucket_exists(self._bucket)):
-            raise Unavailable(f"there is no bucket {self._bucket}")
+            raise Unavailable("the artifact store has no bucket for us", detail=self._bucket)
 
     async def put(self, key: str, source: Source, *, sha256: str | None = None) -> Stored:
         check_key(key)
@@ -354,11 +354,11 @@ def _in_our_terms() -> Iterator[None]:
         if code in _LARGE:
             raise TooLarge(message) from error
         if code in _AWAY or error.response.status >= 500:
-            raise Unavailable(f"the artifact store: {message}") from error
-        raise Internal(f"the artifact store: {message}") from error
+            raise Unavailable("the artifact store is not available", detail=message) from error
+        raise Internal("the artifact store failed", detail=message) from error
     except (ServerError, InvalidResponseError) as error:
-        raise Unavailable(f"the artifact store: {error}") from error
+        raise Unavailable("the artifact store is not available", detail=str(error)) from error
     except urllib3.exceptions.HTTPError as error:
-        raise Unavailable(f"the artifact store does not answer: {type(error).__name__}") from error
+        raise Unavailable("the artifact store does not answer", detail=str(error)) from error
     except MinioException as error:
-        raise Internal(f"the artifact store: {error}") from error
+        raise Internal("the artifact store failed", detail=str(error)) from error

@@ -138,7 +138,7 @@ class KafkaBroker:
                     starts = await self._inspector.beginning_offsets(wanted)
             except Exception as exc:
                 await self._drop_inspector()
-                raise Unavailable(f"Kafka does not tell its offsets: {exc!r}") from exc
+                raise Unavailable("Kafka does not tell its offsets", detail=repr(exc)) from exc
         return {partition: (starts[TopicPartition(*partition)], ends[TopicPartition(*partition)]) for partition in partitions}
 
     async def close(self) -> None:
@@ -156,7 +156,7 @@ class KafkaBroker:
             await _bounded(admin.start(), self._request_timeout_s)
             return await _bounded(ask(admin), self._request_timeout_s)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
-            raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
+            raise Unavailable("Kafka does not answer", detail=repr(exc)) from exc
         finally:
             await _quietly(admin.close(), 1.5, "an admin client")
 
@@ -182,7 +182,7 @@ class _KafkaProducer:
             await _bounded(self._producer.start(), self._request_timeout_s)
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
             await self.stop()
-            raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
+            raise Unavailable("Kafka does not answer", detail=repr(exc)) from exc
 
     def _connection_closed(self, conn: object, reason: CloseReason) -> None:
         if reason not in (CloseReason.IDLE_DROP, CloseReason.SHUTDOWN):
@@ -232,7 +232,7 @@ class _KafkaProducer:
             # Not for long: the records of other topics wait behind.
             return len(await _bounded(self._started().partitions_for(topic), _TOPIC_WAIT_S))
         except (kafka_errors.KafkaError, TimeoutError) as exc:
-            return Unavailable(f"topic {topic} cannot be written: {exc!r}")
+            return Unavailable(f"topic {topic} cannot be written", detail=repr(exc))
 
     async def _send_partition(
         self, partition: Partition, queue: list[int], records: Sequence[Record], outcomes: list[BaseException | None]
@@ -252,7 +252,7 @@ class _KafkaProducer:
                 done = end
         except kafka_errors.KafkaError as exc:
             for index in queue[done:]:
-                outcomes[index] = Unavailable(f"{partition} was not written: {exc!r}")
+                outcomes[index] = Unavailable(f"{partition} was not written", detail=repr(exc))
 
     def _started(self) -> AIOKafkaProducer:
         if self._producer is None:
@@ -324,7 +324,7 @@ class _KafkaReader:
             raise
         except (kafka_errors.KafkaError, OSError, TimeoutError) as exc:
             await self.stop()
-            raise Unavailable(f"Kafka does not answer: {exc!r}") from exc
+            raise Unavailable("Kafka does not answer", detail=repr(exc)) from exc
 
     def assigned(self, assigned: frozenset[Partition]) -> None:
         """Called with a new assignment: nothing of it passes until it is positioned."""
@@ -374,7 +374,7 @@ class _KafkaReader:
         except _LOUD:
             raise
         except (kafka_errors.KafkaError, OSError) as exc:
-            raise Unavailable(f"Kafka does not deliver: {exc!r}") from exc
+            raise Unavailable("Kafka does not deliver", detail=repr(exc)) from exc
         records = []
         for tp, batch in fetched.items():
             partition = Partition(*tp)

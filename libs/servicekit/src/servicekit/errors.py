@@ -1,7 +1,8 @@
 """The errors that cross a service's boundary, and the one table per transport that says how each is told to a caller.
 
 Three kinds, three fates: `Invalid` is the caller's fault and never retried, `Transient` passes and may be retried, and
-everything else is a bug: its caller learns an error id and nothing of the inside, the log gets the stack.
+everything else is a bug. Of what is not the caller's fault it learns a sentence and an error id, and nothing of the inside: what
+another system said goes into `detail`, which is for the log, where the error id finds it and the stack.
 """
 
 from __future__ import annotations
@@ -42,15 +43,22 @@ class Violation:
 
 
 class HeadraceError(Exception):
-    """Base of all errors with a meaning. Raise a subclass: this class itself counts as a bug."""
+    """Base of all errors with a meaning. Raise a subclass: this class itself counts as a bug.
 
-    def __init__(self, message: str = "", violations: Iterable[Violation] = ()) -> None:
+    `message` and `violations` are told to callers. `detail` is not: it is for what another system said (addresses, queries, paths),
+    and only `str`, which is for logs, has it. `error_id` finds the error in the log of the server that raised it.
+    """
+
+    def __init__(self, message: str = "", violations: Iterable[Violation] = (), *, detail: str = "", error_id: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.violations: tuple[Violation, ...] = tuple(violations)
+        self.detail = detail
+        self.error_id = error_id
 
     def __str__(self) -> str:
-        return "; ".join([self.message, *map(str, self.violations)]) if self.violations else self.message
+        told = "; ".join([self.message, *map(str, self.violations)])
+        return f"{told}: {self.detail}" if self.detail else told
 
 
 class Invalid(HeadraceError):
@@ -98,11 +106,12 @@ class DeadlineExceeded(Transient):
 
 
 class Internal(HeadraceError):
-    """A bug, here or in the server that was called: never retried. `error_id` finds the stack in the log."""
+    """A bug, here or in the server that was called: never retried. Its message is not told either."""
 
-    def __init__(self, message: str = "internal error", violations: Iterable[Violation] = (), error_id: str = "") -> None:
-        super().__init__(message, violations)
-        self.error_id = error_id
+    def __init__(
+        self, message: str = "internal error", violations: Iterable[Violation] = (), *, detail: str = "", error_id: str = ""
+    ) -> None:
+        super().__init__(message, violations, detail=detail, error_id=error_id)
 
 
 GRPC_CODES: dict[type[HeadraceError], grpc.StatusCode] = {
@@ -172,6 +181,14 @@ _FOREIGN_CODES: dict[grpc.StatusCode, type[HeadraceError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 
+FOREIGN_SENTENCES: dict[type[HeadraceError], str] = {
+    Unavailable: "a server that is needed does not answer",
+    Exhausted: "a server that is needed is busy",
+    DeadlineExceeded: "a server that is needed did not answer in time",
+    Internal: "internal error",
+}
+"""What a caller is told when another system failed us; what that system said is the error's `detail`."""
+
 _Row = TypeVar("_Row")
 
 
@@ -186,21 +203,27 @@ def row(table: Mapping[type[HeadraceError], _Row], cls: type[BaseException]) -> 
 def explain(exc: BaseException) -> HeadraceError:
     """The error to tell a caller for any exception.
 
-    An error with a meaning is returned as it is. A database or another server that cannot be reached becomes `Unavailable`,
-    logged as a warning. Anything else is a bug: it is logged with its stack under a new error id, and an `Internal` with that
-    id is returned, so that nothing of the inside leaks.
+    `Invalid` errors and `Exhausted` are returned as they are. Another `Transient` is logged as a warning under a new error id, which
+    it has from then on; a database or another server that cannot be reached becomes `Unavailable` first. Anything else is a bug: it is
+    logged with its stack, and an `Internal` that says nothing but the id is returned. What has an id was logged where it got it.
     """
     if isinstance(exc, HeadraceError) and type(exc) is not HeadraceError:
-        return exc
-    if type(exc).__module__.partition(".")[0] in ("sqlalchemy", "asyncpg"):
+        error: BaseException = exc
+    elif type(exc).__module__.partition(".")[0] in ("sqlalchemy", "asyncpg"):
         from servicekit import db  # imported here: a service without a database must not pay for SQLAlchemy
 
-        translated = db.translate(exc)
-        if isinstance(translated, HeadraceError):
-            return translated
+        error = db.translate(exc)
     elif is_unreachable(exc):  # SQLAlchemy passes on what the socket said while it connected
-        _log.warning("a server that is needed does not answer", exc_info=exc)
-        return Unavailable("a server that is needed does not answer")
+        error = Unavailable(FOREIGN_SENTENCES[Unavailable])
+    else:
+        error = exc
+    if isinstance(error, Transient):
+        if not error.error_id and not isinstance(error, Exhausted):
+            error.error_id = secrets.token_hex(8)
+            _log.warning("error %s: %s", error.error_id, error, exc_info=exc, extra={"error_id": error.error_id})
+        return error
+    if isinstance(error, Invalid) or (isinstance(error, Internal) and error.error_id):
+        return error
     error_id = secrets.token_hex(8)
     _log.error("internal error %s", error_id, exc_info=exc, extra={"error_id": error_id})
     return Internal(f"internal error {error_id}", error_id=error_id)
@@ -221,7 +244,7 @@ def to_grpc_status(exc: BaseException) -> status_pb2.Status:
     """
     error = explain(exc)
     info = error_details_pb2.ErrorInfo(reason=row(REASONS, type(error)), domain=DOMAIN)
-    if isinstance(error, Internal) and error.error_id:
+    if error.error_id:
         info.metadata["error_id"] = error.error_id
     packed = [_pack(info)]
     if error.violations:
@@ -252,7 +275,10 @@ class RpcFailure(Protocol):
 
 
 def from_rpc_error(error: RpcFailure) -> HeadraceError:
-    """Restores the error that the server raised: class, message, violations. Does not raise; a broken detail is left out."""
+    """Restores the error that the server raised: class, message, violations, error id. Does not raise; a broken detail is left out.
+
+    What gRPC itself says names addresses: a caller of ours is told a sentence instead.
+    """
     message = error.details() or error.code().name
     status = _status_of(error)
     info: error_details_pb2.ErrorInfo | None = None
@@ -268,10 +294,11 @@ def from_rpc_error(error: RpcFailure) -> HeadraceError:
                 violations = tuple(Violation(v.field, v.description, _line(v.reason)) for v in bad_request.field_violations)
     if info is not None and info.domain == DOMAIN:
         cls = _CLASSES.get(info.reason) or _FOREIGN_CODES.get(error.code(), Internal)
-        if cls is Internal:
-            return Internal(message, violations, error_id=info.metadata.get("error_id", ""))
-        return cls(message, violations)
-    return _foreign(error.code(), message)(message, violations)
+        return cls(message, violations, error_id=info.metadata.get("error_id", ""))
+    cls = _foreign(error.code(), message)
+    if cls in FOREIGN_SENTENCES:
+        return cls(FOREIGN_SENTENCES[cls], detail=message)
+    return cls(message, violations)
 
 
 def http_body(exc: BaseException) -> dict[str, Any]:
@@ -287,7 +314,7 @@ def http_error(exc: BaseException) -> tuple[int, dict[str, Any]]:
         "message": error.message,
         "violations": [{"field": v.field, "message": v.message} | ({} if v.line is None else {"line": v.line}) for v in error.violations],
     }
-    if isinstance(error, Internal) and error.error_id:
+    if error.error_id:
         body["error_id"] = error.error_id
     return row(HTTP_STATUS, type(error)), {"error": body}
 

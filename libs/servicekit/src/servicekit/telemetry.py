@@ -35,7 +35,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes, AttributeValue
 
 from servicekit.clock import SystemIds
-from servicekit.errors import Internal, Invalid
+from servicekit.errors import HeadraceError, Invalid
 from servicekit.jsonlog import JsonFormatter, Seldom
 from servicekit.settings import ServiceSettings
 
@@ -275,7 +275,7 @@ def start_span(
 def record_error(span: Span, error: BaseException) -> None:
     """Tells a span of an error: its class always, its id if it has one, and the status unless the caller is at fault."""
     span.set_attribute(ERROR_TYPE, type(error).__qualname__)
-    if isinstance(error, Internal) and error.error_id:
+    if isinstance(error, HeadraceError) and error.error_id:
         span.set_attribute(ERROR_ID, error.error_id)
     if _is_error(error):
         span.set_status(Status(StatusCode.ERROR))
