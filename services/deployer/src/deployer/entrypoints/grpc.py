@@ -14,6 +14,7 @@ from contracts.registry.v1 import service_pb2_grpc as registry_grpc
 from eventing import dlq_grpc
 from servicekit.access import EVERY_ROLE, AccessTable, Rule, current_caller
 from servicekit.errors import Invalid
+from servicekit.paging import page_size
 
 from deployer.domain.rollout import Abort, Command, Pause, Resume, Revert
 from deployer.entrypoints import translate
@@ -36,8 +37,6 @@ ACCESS: AccessTable = {
     **dlq_grpc.ACCESS,
 }
 
-MOST_PER_PAGE = 200
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -57,9 +56,7 @@ class DeployerServicer(service_pb2_grpc.DeployerServiceServicer):
         return pb.GetRolloutResponse(rollout=translate.rollout(await self._deployer.rollout(_id(request.rollout_id))))
 
     async def ListRollouts(self, request: pb.ListRolloutsRequest, context: Context) -> pb.ListRolloutsResponse:
-        size = min(request.page_size or MOST_PER_PAGE, MOST_PER_PAGE)
-        if size < 1:
-            raise Invalid("page_size is not negative")
+        size = page_size(request.page_size)
         before = _id(request.page_token) if request.page_token else ""
         found = await self._deployer.rollouts(request.endpoint, size + 1, before)
         page = found[:size]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 
 from contracts.deployer.v1 import events_pb2 as events
 from contracts.deployer.v1 import service_pb2 as pb
@@ -13,9 +12,9 @@ from contracts.tracker.v1 import model_pb2 as tracker
 from eventing import topics
 from eventing.envelope import Event as Envelope
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Invalid
+from servicekit.moments import moment
 
 from deployer.domain import rollout as ro
 from deployer.domain.judge import GuardEvidence
@@ -304,9 +303,9 @@ def rollout(record: RolloutRecord) -> pb.Rollout:
     if found.cause is not None:
         answer.cause = CAUSES[found.cause]
     if record.created_at is not None:
-        answer.created_at.CopyFrom(_timestamp(record.created_at))
+        answer.created_at.CopyFrom(moment(record.created_at))
     if record.finished_at is not None:
-        answer.finished_at.CopyFrom(_timestamp(record.finished_at))
+        answer.finished_at.CopyFrom(moment(record.finished_at))
     return answer
 
 
@@ -327,15 +326,9 @@ def decision(row: Decision) -> pb.Decision:
     """One row of the decision log."""
     return pb.Decision(
         sequence=row.sequence,
-        at=_timestamp(row.at),
+        at=moment(row.at),
         from_state=row.source,
         to_state=row.target,
         reason=row.reason,
         evidence_json=json.dumps(row.evidence) if row.evidence else "",
     )
-
-
-def _timestamp(at: datetime) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromDatetime(at)
-    return stamp
