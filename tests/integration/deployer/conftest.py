@@ -35,7 +35,7 @@ from eventing.memory import MemoryBroker
 from eventing.snapshots import SnapshotReader
 from servicekit import migrate
 from servicekit.clock import SystemClock, SystemIds
-from servicekit.lifecycle import Component
+from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server
 
 ENDPOINT = "flights"
@@ -208,6 +208,8 @@ class Registry:
         revision: int = 1,
         model_format: str = "onnx",
         endpoint: str = ENDPOINT,
+        champion: int = 0,
+        override: bool = False,
     ) -> Record:
         """model.promoted, its file stored first."""
         sha256 = hashlib.sha256(data).hexdigest()
@@ -220,6 +222,9 @@ class Registry:
                 journey_id=f"journey-{version}", delivery="flights", delivery_revision=revision, run_id=f"{version:032x}"
             ),
             endpoint=endpoint,
+            evaluation_id=f"evaluation-{version}-{champion}",
+            champion_version=champion,
+            override=override,
             model=models.DeliverableModel(
                 name="model",
                 format=model_format,
@@ -282,8 +287,9 @@ class Stand:
         for component in components:
             if isinstance(component, Server):
                 await component.stop(0)
-        engine = next(component._engine for component in components if hasattr(component, "_engine"))
-        await engine.dispose()
+        (closing,) = [component for component in components if isinstance(component, Closing)]
+        *_, dispose_engine = closing._closes
+        await dispose_engine()
 
     def content(self, version: int) -> Content:
         """The file of a version that was promoted without another."""
@@ -317,7 +323,11 @@ class Stand:
         await self.publish(self.registry.applied(SERVE if section is None else section, revision, deleted))
 
     async def promote(self, version: int, *, stored: bytes | None = None, **told: Any) -> None:
-        """model.promoted, with its file in the object store (or, with `stored`, other bytes; b"": none)."""
+        """model.promoted, with its file in the object store (or, with `stored`, other bytes; b"": none).
+
+        Judged against the champion of the moment, unless another is named.
+        """
+        told.setdefault("champion", self.champion())
         content = self.content(version)
         await self.publish(await self.registry.promoted(self.artifacts, version, content.data, content.samples, stored=stored, **told))
 
@@ -330,6 +340,7 @@ class Stand:
             "deploy.rolled_back": deploys.DeployRolledBack,
             "deploy.superseded": deploys.DeploySuperseded,
             "deploy.reverted": deploys.DeployReverted,
+            "deploy.alarmed": deploys.DeployAlarmed,
             "route.changed": deploys.RouteChanged,
         }
         found = []
@@ -341,6 +352,16 @@ class Stand:
     def records(self, topic: str) -> list[Any]:
         partitions = [partition for partition in self.broker._logs if partition.topic == topic]
         return [record for partition in partitions for record in self.broker.log(partition).records]
+
+    def champion(self) -> int:
+        """The version that is live by what was published, 0 for none."""
+        live = 0
+        for kind, message in self.events():
+            if kind == "deploy.completed":
+                live = message.rollout.version.version
+            elif kind == "deploy.reverted":
+                live = message.to_version
+        return live
 
     def story(self, version: int) -> list[str]:
         """The types of events about one version."""

@@ -40,7 +40,7 @@ class FusedWork(SqlUnitOfWork):
 
     async def log(self, rollout_id: str, source: str, target: str, reason: str, evidence: dict[str, Any]) -> None:
         if reason != "window":
-            self.target = target.partition("(")[0]
+            self.target = "alarm" if reason.startswith("alarm: ") else target.partition("(")[0]
         await super().log(rollout_id, source, target, reason, evidence)
 
 
@@ -90,7 +90,7 @@ def fuse(stand: Any, monkeypatch: pytest.MonkeyPatch) -> Fuse:
 
 
 async def crash_at(stand: Any, fuse: Fuse, *points: str, cause: Callable[[], Any] | None = None) -> None:
-    """Let the deployer die at each point in turn, and start another each time."""
+    """Let the deployer die at each point in turn, and start another each time. `cause` leads to the first point."""
     for number, point in enumerate(points):
         fuse.arm(point)
         if number:
@@ -167,6 +167,39 @@ async def test_a_roll_back_survives_crashes_at_every_step_and_is_told_once(stand
     check_ledger(stand)
 
 
+async def test_a_verdict_that_is_out_of_date_survives_crashes_and_is_told_once(stand: Any, fuse: Fuse) -> None:
+    await stand.start()
+    gateway = await stand.live()
+    gateway.per_window = 0
+    await stand.promote(2)
+    await stand.eventually(lambda: 2 in gateway.weights(), "version 2 to be shadowed")
+    await stand.promote(3)
+    await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "waiting"), "version 3 to wait")
+    await stand.crash(stand.running[0])
+    await stand.start()
+    gateway.per_window = 40
+    await crash_at(stand, fuse, "before completed", "after completed", "before superseded", "after superseded")
+    assert (await stand.ended(3, "deploy.superseded")).by_version == 2
+    await crash_at(stand, fuse, "before preparing", "after preparing", cause=lambda: stand.promote(3))
+    await stand.ended(3, "deploy.completed")
+    assert stand.story(3) == ["deploy.superseded", "deploy.canary", "deploy.advanced", "deploy.completed"]
+    check_ledger(stand)
+
+
+async def test_a_watch_survives_crashes_and_raises_its_alarm_once(stand: Any, fuse: Fuse) -> None:
+    await stand.start()
+    gateway = await stand.live()
+    await stand.crash(stand.running[0])
+    gateway.bad[1] = 0.95
+    await crash_at(stand, fuse, "before alarm", "after alarm", cause=stand.start)
+    alarm = await stand.ended(1, "deploy.alarmed")
+    assert alarm.rollout.version.version == 1
+    await stand.windows(40)
+    assert stand.story(1) == ["deploy.completed", "deploy.alarmed"]
+    assert gateway.weights() == {1: 10_000}
+    check_ledger(stand)
+
+
 async def test_two_deployers_one_leads_and_the_other_takes_over(stand: Any) -> None:
     first = await stand.start()
     await stand.eventually(lambda: len(stand.leaders()) == 1, "a leader")
@@ -186,7 +219,7 @@ async def test_two_deployers_one_leads_and_the_other_takes_over(stand: Any) -> N
 
 
 async def test_a_leader_whose_epoch_is_over_changes_nothing(stand: Any) -> None:
-    from deployer.domain.rollout import Abort
+    from deployer.domain.inputs import Abort
     from deployer.ports import Deposed
 
     await stand.start()

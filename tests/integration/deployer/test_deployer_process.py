@@ -140,9 +140,19 @@ async def publish(broker: KafkaBroker, record: Record) -> None:
 
 async def state_of(process: Process, version: int) -> str:
     """The state of the newest rollout of a version; empty when there is none."""
+    return (await rollout_of(process, version)).state
+
+
+async def alarm_of(process: Process, version: int) -> str:
+    """What the watch of a version showed."""
+    return (await rollout_of(process, version)).alarm
+
+
+async def rollout_of(process: Process, version: int) -> pb.Rollout:
+    """The newest rollout of a version; an empty one when there is none."""
     with rpc.acting_for(VICTOR):
         answer = await service_pb2_grpc.DeployerServiceStub(process.channel()).ListRollouts(pb.ListRolloutsRequest())
-    return next((found.state for found in answer.rollouts if found.ref.version.version == version), "")
+    return next((found for found in answer.rollouts if found.ref.version.version == version), pb.Rollout())
 
 
 async def test_a_rollout_on_real_servers_survives_sigkill(
@@ -162,14 +172,20 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
         await publish(broker, await registry.promoted(store, 1, model(2.0), rows))
         await eventually(lambda: gateway.weights() == {1: 10_000}, "version 1 to be routed")
 
+        gateway.per_window = 0  # so that version 2 goes no further than its shadow stage at first
         rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.001], [6.003]]}}
-        await publish(broker, await registry.promoted(store, 2, model(2.001), rows))
-        for wanted in ("preparing warming shadowing stepping", "stepping completing", "completing completed"):
+        await publish(broker, await registry.promoted(store, 2, model(2.001), rows, champion=1))
+        for wanted in ("preparing warming shadowing", "stepping completing", "completing completed"):
 
             async def there(states: str = wanted) -> bool:
                 return await state_of(process, 2) in states.split()
 
             await eventually(there, f"version 2 to be {wanted}", within_s=60)
+            if gateway.per_window == 0:
+                # This one waits behind it, judged against a version that is not live any more when its turn comes.
+                await publish(broker, await registry.promoted(store, 3, model(2.002), rows, champion=1))
+                await eventually(lambda: state_of(process, 3), "version 3 to wait", within_s=60)
+                gateway.per_window = 40
             await process.kill()
             await process.start()
 
@@ -177,6 +193,11 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
             return await state_of(process, 2) == "completed"
 
         await eventually(completed, "version 2 to be completed", within_s=60)
+
+        async def superseded() -> bool:
+            return await state_of(process, 3) == "superseded"
+
+        await eventually(superseded, "version 3 to be evaluated again", within_s=60)
         assert gateway.weights() == {2: 10_000}
 
         # What the route names really answers.
@@ -188,6 +209,12 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
         assert answer.json()["outputs"][0]["data"] == pytest.approx([2001.0], rel=1e-4)
 
         await check_calls(process)
+        # A watch outlives its deployer, too.
+        await process.kill()
+        gateway.bad[2] = 0.95
+        await process.start()
+        await eventually(lambda: alarm_of(process, 2), "an alarm about version 2", within_s=60)
+        assert gateway.weights() == {2: 10_000}
         assert await process.terminate() == 0
     finally:
         await gateway.stop()
@@ -204,9 +231,10 @@ async def check_calls(process: Process) -> None:
         assert [arm.version for arm in one.route.arms] == [2]
         first = await stub.ListRollouts(pb.ListRolloutsRequest(endpoint="flights", page_size=1))
         rest = await stub.ListRollouts(pb.ListRolloutsRequest(endpoint="flights", page_token=first.next_page_token))
-        assert [found.ref.version.version for found in (*first.rollouts, *rest.rollouts)] == [2, 1]
+        assert [found.ref.version.version for found in (*first.rollouts, *rest.rollouts)] == [3, 2, 1]
+        assert [found.stale for found in (*first.rollouts, *rest.rollouts)] == [True, False, False]
         assert rest.next_page_token == ""
-        rollout_id = first.rollouts[0].ref.rollout_id
+        rollout_id = rest.rollouts[0].ref.rollout_id
         explained = await stub.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id))
         assert explained.decisions[0].to_state == "waiting"
         assert explained.decisions[-1].to_state == "completed"

@@ -24,8 +24,107 @@ async def test_the_first_version_goes_live_at_once(stand: Any) -> None:
     assert stand.story(1) == ["deploy.completed"]
     assert gateway.weights() == {1: 10_000}
     assert len(stand.runtime.loaded) == 1
-    # The endpoint comes to rest: nobody need watch it, and the route says so.
+    assert gateway.route().in_rollout
+
+
+async def test_an_endpoint_comes_to_rest_when_its_watch_is_over(stand: Any) -> None:
+    await stand.start()
+    await stand.apply(stand.serve(rollback_window="1s"))
+    gateway = await stand.gateway()
+    await stand.promote(1)
+    completed = await stand.ended(1, "deploy.completed")
+    # Nobody need watch it any more, and the route says so.
     await stand.eventually(lambda: not gateway.route().in_rollout, "a route at rest")
+    record = await stand.deployer().rollout(completed.rollout.rollout_id)
+    assert record.rollout.watch.windows > 0
+    assert stand.story(1) == ["deploy.completed"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_version_that_turns_bad_after_it_completed_raises_one_alarm_and_stays(stand: Any, first: bool) -> None:
+    await stand.start()
+    gateway = await stand.live()
+    version = 1
+    if not first:
+        version = 2
+        await stand.promote(2)
+        await stand.ended(2, "deploy.completed")
+    gateway.bad[version] = 0.95
+    alarm = await stand.ended(version, "deploy.alarmed")
+    assert alarm.reason.startswith("error: bad are ")
+    assert alarm.revertible is not first
+    await stand.windows(40)
+    assert stand.story(version)[-2:] == ["deploy.completed", "deploy.alarmed"]
+    assert gateway.weights() == {version: 10_000}
+    record, log = await stand.deployer().explain(alarm.rollout.rollout_id)
+    assert record.rollout.state == "completed"
+    assert (log[-1].target, log[-1].reason) == ("completed", f"alarm: {alarm.reason}")
+    assert log[-1].evidence["guards"]["error"]["breach"] >= 20
+    # The next version is judged, and watched, for itself.
+    gateway.bad.clear()
+    await stand.promote(version + 1)
+    await stand.ended(version + 1, "deploy.completed")
+
+
+async def test_a_verdict_about_a_champion_that_was_replaced_meanwhile_is_not_acted_on(stand: Any) -> None:
+    await stand.start()
+    gateway = await stand.live()
+    gateway.per_window = 0  # version 2 gets no traffic and stays
+    await stand.promote(2)
+    await stand.eventually(lambda: 2 in gateway.weights(), "version 2 to be shadowed")
+    await stand.promote(3)  # judged against version 1, too
+    gateway.per_window = 40
+    await stand.ended(2, "deploy.completed")
+    superseded = await stand.ended(3, "deploy.superseded")
+    # By the live version: for the registry that means to have it evaluated again.
+    assert (superseded.by_version, superseded.rollout.baseline_version) == (2, 2)
+    record, log = await stand.deployer().explain(superseded.rollout.rollout_id)
+    assert record.rollout.stale
+    assert [(row.source, row.target) for row in log] == [("", "waiting"), ("waiting", "superseded")]
+    assert log[-1].reason == "judged against version 1, but version 2 is live now: to be evaluated again"
+    assert not any("-v3-" in name for _, name in stand.runtime.calls)
+    # Promoted again, it was judged against version 2, and nothing is in its way.
+    await stand.promote(3, champion=2)
+    await stand.ended(3, "deploy.completed")
+    assert stand.story(3) == ["deploy.superseded", "deploy.canary", "deploy.advanced", "deploy.completed"]
+
+
+async def test_when_the_first_rolls_back_the_one_behind_it_proceeds_as_it_is(stand: Any) -> None:
+    await stand.start()
+    gateway = await stand.live()
+    gateway.per_window = 0
+    gateway.bad[2] = 0.9
+    await stand.promote(2)
+    await stand.eventually(lambda: 2 in gateway.weights(), "version 2 to be shadowed")
+    await stand.promote(3)
+    gateway.per_window = 40
+    await stand.ended(2, "deploy.rolled_back")
+    completed = await stand.ended(3, "deploy.completed")
+    assert completed.rollout.baseline_version == 1
+    assert stand.story(3) == ["deploy.canary", "deploy.advanced", "deploy.completed"]
+
+
+async def test_of_two_first_versions_the_second_waits_for_its_verdict_unless_the_first_fails(stand: Any) -> None:
+    await stand.start()
+    await stand.apply()
+    await stand.gateway()
+    stand.runtime.away = True
+    await stand.promote(1, stored=b"")  # its artifact is missing, which shows when it is loaded
+    await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "preparing"), "version 1 to be prepared")
+    await stand.promote(2)
+    await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "waiting"), "version 2 to wait")
+    stand.runtime.away = False
+    assert (await stand.ended(1, "deploy.rolled_back")).cause == deploys.END_CAUSE_ARTIFACT
+    assert (await stand.ended(2, "deploy.completed")).first
+    await stand.promote(3, champion=0)  # judged at the same time
+    assert (await stand.ended(3, "deploy.superseded")).by_version == 2
+
+
+async def test_an_admin_who_passed_the_gates_by_is_not_asked_again(stand: Any) -> None:
+    await stand.start()
+    await stand.live()
+    await stand.promote(2, champion=0, override=True)
+    await stand.ended(2, "deploy.completed")
 
 
 async def test_a_good_version_walks_through_shadow_and_steps_and_keeps_the_one_before(stand: Any) -> None:
@@ -154,6 +253,8 @@ async def test_the_newest_promoted_version_waits_and_the_ones_between_are_supers
     assert superseded.by_version == 4
     gateway.per_window = 40
     await stand.ended(2, "deploy.completed")
+    assert (await stand.ended(4, "deploy.superseded")).by_version == 2
+    await stand.promote(4)  # judged again, against version 2
     completed = await stand.ended(4, "deploy.completed")
     assert completed.rollout.baseline_version == 2
     # Version 1 is kept no longer: version 2 is what one would go back to.
@@ -173,7 +274,7 @@ async def test_no_traffic_is_never_success(stand: Any) -> None:
 
 
 async def test_operators_pause_resume_abort_and_revert(stand: Any) -> None:
-    from deployer.domain.rollout import Abort, Pause, Resume, Revert
+    from deployer.domain.inputs import Abort, Pause, Resume, Revert
 
     await stand.start()
     gateway = await stand.live()
@@ -208,7 +309,7 @@ async def test_operators_pause_resume_abort_and_revert(stand: Any) -> None:
 
 
 async def test_when_the_rollback_window_closes_the_earlier_version_goes(stand: Any) -> None:
-    from deployer.domain.rollout import Revert
+    from deployer.domain.inputs import Revert
 
     await stand.start()
     await stand.live()

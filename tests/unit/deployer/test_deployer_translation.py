@@ -13,10 +13,13 @@ from contracts.deployer.v1 import events_pb2 as events
 from contracts.gateway.v1 import events_pb2 as gateway
 from contracts.registry.v1 import events_pb2 as registry
 from deployer.adapters.store import _ROLLOUT, _ROUTE, _VERSION
-from deployer.domain import rollout as ro
+from deployer.domain import events as ev
+from deployer.domain import inputs
 from deployer.domain import route as routes
+from deployer.domain.decisions import decide
+from deployer.domain.events import RouteSet
 from deployer.domain.policy import Assign, GuardKind, parse
-from deployer.domain.rollout import Cause, Rollout, RouteSet, State
+from deployer.domain.rollout import Cause, Hold, Rollout, State
 from deployer.domain.route import Role
 from deployer.domain.signature import Signature, Tensor
 from deployer.domain.version import Arm, Blob, Journey, Version
@@ -38,11 +41,11 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "flights" / "delivery.yaml"
 def rollout() -> Rollout:
     policy = parse(yaml.safe_load(EXAMPLE.read_text())["serve"])
     started = Rollout("0190a000-0000-7000-8000-000000000002", "flights", "v2-g2", policy)
-    told: list[ro.Input] = [ro.Begin("v1-g1", 3), ro.Loaded(), ro.Warmed()]
+    told: list[inputs.Input] = [inputs.Begin("v1-g1", 3), inputs.Loaded(), inputs.Warmed()]
     for given in told:
-        started, _ = ro.decide(started, given)
+        started, _ = decide(started, given)
     merged = Merged(started.revision, 1.0, Counts(), Counts(100, {"error": 2}), ShadowCounts(90, 3, 1, 2), 1, False)
-    return ro.decide(started, merged)[0]
+    return decide(started, merged)[0]
 
 
 def record() -> RolloutRecord:
@@ -103,15 +106,16 @@ def test_every_word_of_the_domain_has_one_on_the_wire() -> None:
 @pytest.mark.parametrize(
     ("event", "kind"),
     [
-        (ro.CanaryStarted(500), "deploy.canary"),
-        (ro.Advanced(1, 2500, "why"), "deploy.advanced"),
-        (ro.Completed(False, "why"), "deploy.completed"),
-        (ro.RolledBack(Cause.HARM, "why"), "deploy.rolled_back"),
-        (ro.Superseded(3), "deploy.superseded"),
-        (ro.Reverted("why"), "deploy.reverted"),
+        (ev.CanaryStarted(500), "deploy.canary"),
+        (ev.Advanced(1, 2500, "why"), "deploy.advanced"),
+        (ev.Completed(False, "why"), "deploy.completed"),
+        (ev.RolledBack(Cause.HARM, "why"), "deploy.rolled_back"),
+        (ev.Superseded(3), "deploy.superseded"),
+        (ev.Reverted("why"), "deploy.reverted"),
+        (ev.Alarmed("why", {}), "deploy.alarmed"),
     ],
 )
-def test_events_name_rollout_version_and_journey(event: ro.Event, kind: str) -> None:
+def test_events_name_rollout_version_and_journey(event: ev.Event, kind: str) -> None:
     assert isinstance(event, ANNOUNCED)
     encoder = translate.EventEncoder(FakeClock(), SequentialIds())
     envelope = encoder.event(Announcement(event, record(), 7, replace(VERSION, version=1)), sequence=3)
@@ -123,6 +127,7 @@ def test_events_name_rollout_version_and_journey(event: ro.Event, kind: str) -> 
         "deploy.rolled_back": events.DeployRolledBack,
         "deploy.superseded": events.DeploySuperseded,
         "deploy.reverted": events.DeployReverted,
+        "deploy.alarmed": events.DeployAlarmed,
     }
     message = kinds[kind].FromString(envelope.payload)
     ref = message.rollout
@@ -134,7 +139,7 @@ def test_events_name_rollout_version_and_journey(event: ro.Event, kind: str) -> 
 
 def test_what_concerns_nobody_else_is_not_announced() -> None:
     with pytest.raises(TypeError):
-        translate.EventEncoder(FakeClock(), SequentialIds()).event(Announcement(ro.DeadlineSet(1), record(), 7, None), 1)
+        translate.EventEncoder(FakeClock(), SequentialIds()).event(Announcement(ev.DeadlineSet(1), record(), 7, None), 1)
 
 
 def test_a_rollout_is_told_with_its_evidence() -> None:
@@ -145,9 +150,32 @@ def test_a_rollout_is_told_with_its_evidence() -> None:
     assert (error.id, error.baseline_requests, error.harm_wealth) == ("error", 100, 1.0)
     # Of 90 answers that were compared and one that never came, 4 differ.
     assert shadow.canary_bad_rate == pytest.approx(4 / 91)
-    held = replace(record(), rollout=replace(rollout(), state=State.STEPPING, hold=ro.Hold.DEADLINE, cause=Cause.DEADLINE))
+    held = replace(record(), rollout=replace(rollout(), state=State.STEPPING, hold=Hold.DEADLINE, cause=Cause.DEADLINE))
     message = translate.rollout(held)
     assert (message.held, message.paused, message.cause) == (True, False, events.END_CAUSE_DEADLINE)
+
+
+def test_a_watched_completion_and_its_alarm_are_told() -> None:
+    completed = replace(record(), rollout=replace(rollout(), state=State.COMPLETED, watched=True, revertible=True))
+    assert translate.rollout(completed).watched
+    alarmed = replace(completed, rollout=replace(completed.rollout, alarm="error: bad are 9.0% of 400"))
+    message = translate.rollout(alarmed)
+    assert (message.watched, message.alarm) == (False, "error: bad are 9.0% of 400")
+    encoder = translate.EventEncoder(FakeClock(), SequentialIds())
+    envelope = encoder.event(Announcement(ev.Alarmed("why", {}), completed, 7, VERSION), sequence=4)
+    told = events.DeployAlarmed.FromString(envelope.payload)
+    assert (told.reason, told.route_revision, told.revertible) == ("why", 7, True)
+
+
+def test_a_promotion_tells_which_champion_it_was_judged_against() -> None:
+    message = registry.ModelPromoted(endpoint="e", champion_version=3)
+    message.version.model_id, message.version.version = "m", 4
+    assert translate.promotion(message.SerializeToString()).champion == 3
+    message.champion_version = 0
+    assert translate.promotion(message.SerializeToString()).champion == 0
+    # Whoever passes the gates by passes the verdict by, too.
+    message.override = True
+    assert translate.promotion(message.SerializeToString()).champion is None
 
 
 def test_an_endpoint_tells_which_version_is_live() -> None:

@@ -6,41 +6,43 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from deployer.domain import rollout as ro
+from deployer.domain.decisions import decide
 from deployer.domain.errors import CommandRefused
-from deployer.domain.policy import OnDeadline, Policy, parse
-from deployer.domain.rollout import (
-    Abort,
-    Acknowledged,
+from deployer.domain.events import (
     Advanced,
-    Begin,
+    Alarmed,
     CanaryStarted,
-    Cause,
     Completed,
-    Deadline,
     DeadlineSet,
     Event,
-    Hold,
-    Input,
     Judged,
+    Reverted,
+    RolledBack,
+    RouteSet,
+    RouteWithdrawn,
+    Superseded,
+    WatchEnded,
+)
+from deployer.domain.inputs import (
+    Abort,
+    Acknowledged,
+    Begin,
+    Command,
+    Deadline,
+    Input,
     Loaded,
     LoadFailed,
     Pause,
     Resume,
     Revert,
-    Reverted,
-    RevertWindowClosed,
-    RolledBack,
-    Rollout,
-    RouteSet,
-    RouteWithdrawn,
     RuntimeRestarted,
-    State,
     Supersede,
-    Superseded,
     Warmed,
-    decide,
 )
+from deployer.domain.judge import Evidence
+from deployer.domain.moves import ACKNOWLEDGE_S
+from deployer.domain.policy import OnDeadline, Policy, parse
+from deployer.domain.rollout import Cause, Hold, Rollout, State
 from deployer.domain.windows import Counts, Merged, ShadowCounts
 
 
@@ -318,7 +320,7 @@ def test_an_aborted_first_version_withdraws_its_route() -> None:
 
 def test_an_abort_ends_although_a_gateway_never_acknowledges() -> None:
     rollout, events = tell(at(State.STEPPING), Abort("no"))
-    assert DeadlineSet(ro.ACKNOWLEDGE_S) in events
+    assert DeadlineSet(ACKNOWLEDGE_S) in events
     rollout, _ = tell(rollout, Deadline())
     assert rollout.state is State.ROLLED_BACK
     assert "not every gateway" in rollout.reason
@@ -354,7 +356,7 @@ def test_a_revert_ends_although_a_gateway_never_acknowledges() -> None:
 def test_after_its_window_a_rollout_cannot_be_reverted() -> None:
     rollout, _ = tell(at(State.COMPLETING), Acknowledged(99))
     rollout, events = tell(rollout, Deadline())
-    assert RevertWindowClosed() in events
+    assert WatchEnded() in events
     with pytest.raises(CommandRefused, match="within its rollback window"):
         decide(rollout, Revert("too late", 20))
 
@@ -368,7 +370,7 @@ def test_completing_holds_at_its_deadline_and_still_completes() -> None:
 
 
 @pytest.mark.parametrize("command", [Pause("x"), Resume("x"), Revert("x", 1)])
-def test_a_command_that_can_have_no_effect_is_refused(command: ro.Command) -> None:
+def test_a_command_that_can_have_no_effect_is_refused(command: Command) -> None:
     with pytest.raises(CommandRefused):
         decide(fresh(), command)
 
@@ -397,3 +399,110 @@ def test_every_window_is_explained() -> None:
 def test_what_comes_late_or_twice_changes_nothing(late: Input) -> None:
     rollout = at(State.STEPPING)
     assert decide(rollout, late) == (rollout, ())
+
+
+def test_a_verdict_about_a_champion_that_is_no_longer_live_is_not_acted_on() -> None:
+    judged = replace(fresh(), champion=1)
+    rollout, events = tell(judged, Begin("v3-g3", 9, live=3))
+    assert (rollout.state, rollout.cause, rollout.superseded_by, rollout.stale) == (State.SUPERSEDED, Cause.SUPERSEDED, 3, True)
+    assert Superseded(3) in events
+    assert rollout.reason == "judged against version 1, but version 3 is live now: to be evaluated again"
+    assert not routes(events)
+    # Its turn comes once.
+    assert decide(rollout, Begin("v3-g3", 9, live=3)) == (rollout, ())
+
+
+def test_a_second_version_that_was_judged_before_there_was_a_champion_is_judged_again() -> None:
+    rollout, _ = tell(replace(fresh(), champion=0), Begin("v1-g1", 2, live=1))
+    assert rollout.stale
+    assert "judged against no champion, but version 1 is live now" in rollout.reason
+
+
+@pytest.mark.parametrize(
+    ("champion", "baseline", "live"),
+    [
+        (1, "v1-g1", 1),  # as it was judged
+        (0, None, 0),  # the first version
+        (1, None, 0),  # the champion serves no longer: there is nothing to be judged against
+        (0, "v7-g1", 0),  # another model's version, whose numbers say nothing
+        (None, "v3-g3", 3),  # an admin passed the gates by
+    ],
+)
+def test_a_verdict_that_stands_is_acted_on(champion: int | None, baseline: str | None, live: int) -> None:
+    rollout, _ = tell(replace(fresh(), champion=champion), Begin(baseline, 2, live))
+    assert (rollout.state, rollout.stale) == (State.PREPARING, False)
+
+
+def completed(wanted: Policy | None = None) -> Rollout:
+    rollout = at(State.COMPLETING, wanted, step=1)
+    rollout, _ = tell(rollout, Acknowledged(rollout.revision))
+    assert rollout.state is State.COMPLETED
+    return rollout
+
+
+def alone(rollout: Rollout, units: int, bad: int = 0, guard: str = "error") -> Merged:
+    return traffic(rollout, units, bad, baseline=0, guard=guard)
+
+
+def test_a_completed_version_is_watched_and_an_alarm_is_raised_once() -> None:
+    rollout = completed()
+    assert (rollout.judged, rollout.watch) == (True, Evidence())
+    proven = rollout.evidence
+    told: list[Event] = []
+    for _ in range(60):
+        rollout, events = tell(rollout, alone(rollout, 100, 90))
+        told += events
+    (alarm,) = told
+    assert isinstance(alarm, Alarmed)
+    assert "error: bad are 90.0% of" in alarm.reason
+    assert "more than 40.0%" in alarm.reason
+    assert "it can be reverted" in alarm.reason
+    assert alarm.detail["guards"]["error"]["breach"] >= alarm.detail["abort_at"]
+    # It stays where it is, and what the rollout had seen stays to be read.
+    assert (rollout.state, rollout.weight, rollout.evidence) == (State.COMPLETED, 10_000, proven)
+    assert rollout.alarm
+    assert not rollout.judged
+    rollout, _ = tell(rollout, Revert("bad", rollout.revision))
+    assert rollout.state is State.REVERTING
+
+
+def test_a_completed_version_within_its_bounds_raises_no_alarm() -> None:
+    rollout = completed()
+    for _ in range(300):
+        rollout, events = tell(rollout, alone(rollout, 20, 7))
+        assert events == []
+    assert rollout.watch.windows == 300
+    # A guard without a bound of its own has nothing to break.
+    for _ in range(300):
+        rollout, events = tell(rollout, alone(rollout, 20, 20, guard="latency_ms>50"))
+        assert events == []
+
+
+def test_the_first_version_is_watched_for_as_long_and_never_taken_away() -> None:
+    rollout, events = tell(fresh(), Begin(None, 0), Loaded(), Warmed(), Acknowledged(1))
+    assert DeadlineSet(600.0) in events
+    assert rollout.judged
+    for _ in range(60):
+        rollout, _ = tell(rollout, alone(rollout, 20, 20))
+    assert "there is no version before it" in rollout.reason
+    assert (rollout.state, rollout.weight) == (State.COMPLETED, 10_000)
+    with pytest.raises(CommandRefused):
+        decide(rollout, Revert("x", 1))
+
+
+def test_a_watch_ends_with_the_rollback_window() -> None:
+    rollout, events = tell(completed(), Deadline())
+    assert events == [WatchEnded(), DeadlineSet(None)]
+    assert (rollout.watched, rollout.revertible, rollout.judged) == (False, False, False)
+    assert decide(rollout, alone(rollout, 20, 20)) == (rollout, ())
+    assert decide(rollout, Deadline()) == (rollout, ())
+
+
+def test_without_a_bound_there_is_nothing_to_watch() -> None:
+    unbounded = policy(guards=[{"bad": "error", "margin": "20%"}, {"bad": "shadow_difference", "at_most": "30%"}])
+    assert not completed(unbounded).judged
+    first, events = tell(fresh(unbounded), Begin(None, 0), Loaded(), Warmed(), Acknowledged(1))
+    assert DeadlineSet(None) in events
+    assert not first.judged
+    # The version before is kept all the same.
+    assert completed(unbounded).revertible

@@ -6,18 +6,14 @@ import itertools
 from dataclasses import replace
 
 from deployer.domain import endpoint as endpoints
+from deployer.domain.decisions import decide
 from deployer.domain.endpoint import Endpoint
 from deployer.domain.errors import CommandRefused
+from deployer.domain.events import CanaryStarted, Completed, RouteSet, RouteWithdrawn
 from deployer.domain.grammar import FULL
-from deployer.domain.policy import parse
-from deployer.domain.rollout import (
-    ENDED,
-    LIVE,
+from deployer.domain.inputs import (
     Abort,
     Acknowledged,
-    CanaryStarted,
-    Cause,
-    Completed,
     Deadline,
     Input,
     Loaded,
@@ -25,15 +21,12 @@ from deployer.domain.rollout import (
     Pause,
     Resume,
     Revert,
-    Rollout,
-    RouteSet,
-    RouteWithdrawn,
     RuntimeRestarted,
-    State,
     Supersede,
     Warmed,
-    decide,
 )
+from deployer.domain.policy import parse
+from deployer.domain.rollout import ENDED, LIVE, Cause, Rollout, State
 from deployer.domain.windows import Counts, Merged, ShadowCounts
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -107,6 +100,9 @@ class EndpointMachine(RuleBasedStateMachine):
                     assert event.first or self.canary_requests.get(rollout_id, 0) >= 12
             self.endpoint = endpoints.apply(self.endpoint, after, (event,))
 
+    def live(self) -> int:
+        return 0 if self.endpoint.serving is None else int(self.endpoint.serving.split("-g")[1])
+
     def running(self) -> Rollout | None:
         return self.rollouts[self.endpoint.live] if self.endpoint.live else None
 
@@ -115,10 +111,11 @@ class EndpointMachine(RuleBasedStateMachine):
         self.promote(0)
         self.begin()
 
-    @rule(policy=st.integers(0, len(POLICIES) - 1))
-    def promote(self, policy: int) -> None:
+    @rule(policy=st.integers(0, len(POLICIES) - 1), bound=st.booleans())
+    def promote(self, policy: int, bound: bool = True) -> None:
         number = next(self.ids)
-        rollout = Rollout(id=f"r{number}", endpoint="e", canary=f"v{number}-g{number}", policy=POLICIES[policy])
+        champion = self.live() if bound else None
+        rollout = Rollout(id=f"r{number}", endpoint="e", canary=f"v{number}-g{number}", policy=POLICIES[policy], champion=champion)
         self.rollouts[rollout.id] = rollout
         self.endpoint, displaced = endpoints.enqueue(self.endpoint, rollout.id)
         if displaced is not None:
@@ -127,11 +124,16 @@ class EndpointMachine(RuleBasedStateMachine):
 
     @rule()
     def begin(self) -> None:
-        started = endpoints.begin(self.endpoint)
+        started = endpoints.begin(self.endpoint, live=self.live())
         if started is not None:
             self.endpoint, turn = started
             assert self.endpoint.live is not None
-            self.tell(self.endpoint.live, turn)
+            begun = self.rollouts[self.endpoint.live]
+            self.tell(begun.id, turn)
+            begun = self.rollouts[begun.id]
+            # A verdict about another version than the live one starts nothing, and one about the live one is never called out of date.
+            assert begun.stale is (begun.champion not in (None, turn.live) and turn.live != 0)
+            assert begun.state is (State.SUPERSEDED if begun.stale else State.PREPARING)
 
     @precondition(lambda self: self.running() is not None)
     @rule(given=st.sampled_from(HAPPENINGS))
@@ -181,12 +183,22 @@ class EndpointMachine(RuleBasedStateMachine):
         if newest:
             self.tell(newest[-1].id, Revert("x", self.endpoint.revision))
 
+    @precondition(lambda self: self.endpoint.watching is not None)
+    @rule(bad=st.integers(0, 40))
+    def watched_traffic(self, bad: int) -> None:
+        watching = self.rollouts[self.endpoint.watching or ""]
+        for _ in range(20):
+            self.tell(watching.id, Merged(watching.revision, 1.0, Counts(40, {"error": bad}), Counts(), ShadowCounts(), 1, False))
+        assert self.rollouts[watching.id].state is State.COMPLETED
+
     @precondition(lambda self: self.endpoint.live is None)
     @rule()
     def rollback_window_ends(self) -> None:
         for rollout in list(self.rollouts.values()):
-            if rollout.revertible:
+            if rollout.revertible or rollout.watched:
                 self.tell(rollout.id, Deadline())
+        assert self.endpoint.watching is None
+        assert self.endpoint.previous is None
 
     @invariant()
     def one_rollout_runs_and_one_waits(self) -> None:
@@ -194,6 +206,13 @@ class EndpointMachine(RuleBasedStateMachine):
         assert live == ([self.endpoint.live] if self.endpoint.live else [])
         waiting = [r.id for r in self.rollouts.values() if r.state is State.WAITING]
         assert waiting == ([self.endpoint.waiting] if self.endpoint.waiting else [])
+
+    @invariant()
+    def who_is_watched_serves_by_its_own_route(self) -> None:
+        if self.endpoint.watching is not None:
+            watching = self.rollouts[self.endpoint.watching]
+            assert (watching.state, watching.watched, watching.canary) == (State.COMPLETED, True, self.endpoint.serving)
+            assert watching.revision == self.endpoint.revision
 
     @invariant()
     def the_route_is_the_endpoints(self) -> None:

@@ -90,3 +90,12 @@ def test_no_unit_is_counted_twice_and_every_bet_has_enough(stream: list[Window])
         assert sum(m.canary.units for m in merged if m.revision == revision) <= fed
     assert all(min(m.canary.units, m.baseline.units) >= LEAST_UNITS for m in merged)
     assert [m.revision for m in merged] == sorted(m.revision for m in merged)
+
+
+def test_one_arm_with_all_traffic_is_enough_when_it_is_only_watched() -> None:
+    merger = Merger(1, alone=True)
+    assert merger.add(window(canary=3), {"a"}) == []
+    (merged,) = merger.add(window(canary=1), {"a"})
+    assert (merged.canary.units, merged.baseline.units, merged.windows) == (4, 0, 2)
+    compared = Merger(1)
+    assert compared.add(window(canary=400), {"a"}) == []

@@ -279,6 +279,22 @@ def test_superseded_goes_back_to_staging_and_is_judged_again_when_the_champion_c
     assert kinds(model) == [ModelReevaluationRequested]
 
 
+def test_an_alarm_about_the_champion_is_noted_and_moves_nothing() -> None:
+    model = with_champion()
+    forget(model).alarmed(1, "error: bad are 9.0 % of 400", EVENT)
+    assert (model.versions[1].stage, model.versions[1].reason) == (
+        Stage.PRODUCTION,
+        "in production, with an alarm: error: bad are 9.0 % of 400",
+    )
+    assert [audit.action for audit in model.audits] == ["version.alarm"]
+    assert kinds(model) == []
+    # One that is champion no longer has another end to tell of.
+    model.passed(judged("r2", champion=1), OPEN, EVENT, new_id, TRACE)
+    model.completed(2, "done", EVENT)
+    forget(model).alarmed(1, "late", EVENT)
+    assert not model.audits
+
+
 @pytest.mark.parametrize("policy", [Policy("flights", 0, "the delivery flights was deleted"), Policy("", 0)])
 def test_an_obstacle_keeps_a_version_in_staging(policy: Policy) -> None:
     model = new_model()
@@ -296,7 +312,10 @@ def test_promotion_by_hand_passes_the_same_gates_and_override_does_not() -> None
     forget(model)
     version = model.promote(2, ASK_ONE, ANN, new_id, override=True)
     assert version.rolling_out
-    assert kinds(model) == [ModelPromoted]
+    ((_, event, _),) = model.events
+    assert isinstance(event, ModelPromoted)
+    # No verdict binds it, so the deployer must not take one for out of date.
+    assert event.override
     assert model.audits[-1].after["override"] is True
     assert model.audits[-1].reason == "because"
     assert forget(model).promote(2, ASK_ONE, ANN, new_id) == version  # on its way already

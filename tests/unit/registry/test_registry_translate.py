@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -87,6 +88,13 @@ def deliverable() -> Deliverable:
 
 def promoted() -> events.ModelPromoted:
     return events.ModelPromoted(REF, JOURNEY, "flights", deliverable(), "e", "ann", 2)
+
+
+def test_model_promoted_says_whether_a_verdict_binds_it() -> None:
+    for override in (False, True):
+        encoded = translate.encode(replace(promoted(), override=override))
+        message = events_pb2.ModelPromoted.FromString(encoded.payload)
+        assert (message.override, message.champion_version) == (override, 2)
 
 
 def test_model_promoted_carries_the_whole_model() -> None:

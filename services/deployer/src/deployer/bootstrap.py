@@ -36,7 +36,8 @@ from deployer.adapters import leadership
 from deployer.adapters.store import LOAD, SqlStore
 from deployer.adapters.tables import SCHEMA
 from deployer.adapters.triton import TritonRuntime
-from deployer.domain.rollout import Cause, LoadFailed
+from deployer.domain.inputs import LoadFailed
+from deployer.domain.rollout import Cause
 from deployer.entrypoints.consumer import Deliveries, Traffic, handlers
 from deployer.entrypoints.grpc import ACCESS, DEAD_LETTERS, SECTIONS, SERVICE, DeployerServicer, SectionServicer
 from deployer.entrypoints.translate import EventEncoder

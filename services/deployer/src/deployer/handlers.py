@@ -12,22 +12,25 @@ from servicekit.errors import Conflict, Invalid, NotFound, Transient, Violation
 
 from deployer import metrics
 from deployer.domain import endpoint as endpoints
+from deployer.domain import events as ev
 from deployer.domain import policy as policies
-from deployer.domain import rollout as ro
 from deployer.domain import route as routes
+from deployer.domain.decisions import decide
 from deployer.domain.errors import CommandRefused, PolicyInvalid, SignatureInvalid
+from deployer.domain.events import Event
+from deployer.domain.inputs import Abort, Command, Deadline, Input, LoadFailed, Revert, Supersede
 from deployer.domain.policy import Policy
-from deployer.domain.rollout import Abort, Cause, Deadline, Event, Input, LoadFailed, Revert, Rollout, State, Supersede
+from deployer.domain.rollout import Cause, Rollout, State
 from deployer.domain.version import FORMATS, Arm, Version, arm_id
 from deployer.ports import Announcement, Decision, Delivery, EndpointRecord, RolloutRecord, Store, UnitOfWork
 
 WITHDRAWN_S = 60.0
 """A gateway that drops a route has nothing to acknowledge it by; after this time it is taken to have dropped it."""
 
-ANNOUNCED = (ro.CanaryStarted, ro.Advanced, ro.Completed, ro.RolledBack, ro.Superseded, ro.Reverted)
+ANNOUNCED = (ev.CanaryStarted, ev.Advanced, ev.Completed, ev.RolledBack, ev.Superseded, ev.Reverted, ev.Alarmed)
 """Events that others hear of."""
 
-TOLD = (*ANNOUNCED, ro.RouteSet, ro.RouteWithdrawn)
+TOLD = (*ANNOUNCED, ev.RouteSet, ev.RouteWithdrawn)
 """Events that leave this service."""
 
 _log = logging.getLogger(__name__)
@@ -35,10 +38,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Promotion:
-    """The registry wants this version in production on an endpoint."""
+    """The registry wants this version in production on an endpoint.
+
+    `evaluation`: the one it passed. `champion`: the version that it was judged against there, 0 for none; None when no verdict binds
+    it, as an admin passed the gates by.
+    """
 
     endpoint: str
     version: Version
+    evaluation: str
+    champion: int | None
 
 
 class Deployer:
@@ -71,7 +80,8 @@ class Deployer:
         generation = record.generation + 1
         arm = Arm(arm_id(version.version, generation), promotion.endpoint, version, policy.runtime)
         await work.save_arm(arm)
-        rollout = Rollout(str(self._ids.uuid7()), promotion.endpoint, arm.id, policy)
+        rollout_id = str(self._ids.uuid7())
+        rollout = Rollout(rollout_id, promotion.endpoint, arm.id, policy, evaluation=promotion.evaluation, champion=promotion.champion)
         added = RolloutRecord(rollout, version, traceparent=telemetry.current_traceparent())
         endpoint, displaced = endpoints.enqueue(record.endpoint, rollout.id)
         record = replace(record, endpoint=endpoint, generation=generation, delivery=version.journey.delivery)
@@ -118,7 +128,7 @@ class Deployer:
         await work.save_endpoint(await self._decide(work, record, before, given))
         return await self._found(work, rollout_id)
 
-    async def command(self, rollout_id: str, given: ro.Command) -> RolloutRecord:
+    async def command(self, rollout_id: str, given: Command) -> RolloutRecord:
         """Do what an operator wants. Raises NotFound, Conflict when the state does not allow it."""
         try:
             record = await self.tell(rollout_id, given)
@@ -130,19 +140,28 @@ class Deployer:
     # What the leader does.
 
     async def begin(self, endpoint: str, epoch: int) -> str | None:
-        """Give the endpoint's waiting rollout its turn, if it is its turn; return its id."""
+        """Give the endpoint's waiting rollout its turn, if it is its turn; return its id.
+
+        One that was judged against another version than the one that is live by now ends instead.
+        """
         async with self._store.transaction() as work:
             await work.fence(epoch)
             record = await self._locked(work, endpoint)
-            started = endpoints.begin(record.endpoint)
-            if started is None or started[0].live is None:
+            rollout_id = record.endpoint.waiting
+            if rollout_id is None:
                 return None
-            rollout_id = started[0].live
             waiting = await self._found(work, rollout_id)
-            baseline = (await work.arms(endpoint)).get(started[1].baseline or "")
-            waiting = replace(waiting, baseline_version=0 if baseline is None else baseline.version.version)
+            serving = (await work.arms(endpoint)).get(record.endpoint.serving or "")
+            baseline = 0 if serving is None else serving.version.version
+            # Another model's version on the same endpoint was never its champion.
+            same = serving is not None and serving.version.model_id == waiting.version.model_id
+            started = endpoints.begin(record.endpoint, baseline if same else 0)
+            if started is None:
+                return None
+            waiting = replace(waiting, baseline_version=baseline)
             record = await self._decide(work, replace(record, endpoint=started[0]), waiting, started[1])
-            await work.enqueue_load(rollout_id)
+            if record.endpoint.live == rollout_id:
+                await work.enqueue_load(rollout_id)
             await work.save_endpoint(record)
             return rollout_id
 
@@ -159,8 +178,9 @@ class Deployer:
                     continue
                 await self._named(work, route)
                 await work.publish(route)
-                if record.endpoint.live is not None:
-                    running = await self._found(work, record.endpoint.live)
+                routed = record.endpoint.live or record.endpoint.watching
+                if routed is not None:
+                    running = await self._found(work, routed)
                     await work.save_rollout(replace(running, rollout=replace(running.rollout, revision=route.revision)))
                 await work.save_endpoint(replace(record, route=route, endpoint=replace(record.endpoint, revision=route.revision)))
 
@@ -179,7 +199,8 @@ class Deployer:
             record = await self._locked(work, endpoint)
             record = replace(record, acknowledged=max(record.acknowledged, revision))
             route = record.route
-            if record.endpoint.live is None and route is not None and route.watched and route.revision <= revision:
+            resting = record.endpoint.live is None and record.endpoint.watching is None
+            if resting and route is not None and route.watched and route.revision <= revision:
                 calm = routes.quiet(route)
                 await self._named(work, calm)
                 await work.publish(calm)
@@ -201,7 +222,7 @@ class Deployer:
                 return
             gone = routes.withdrawn(endpoint, record.endpoint.revision + 1)
             await work.publish(gone)
-            free = replace(record.endpoint, revision=gone.revision, serving=None, previous=None)
+            free = replace(record.endpoint, revision=gone.revision, serving=None, previous=None, watching=None)
             await work.save_endpoint(replace(record, endpoint=free, route=gone))
 
     async def release(self, endpoint: str, epoch: int) -> list[str]:
@@ -290,7 +311,7 @@ class Deployer:
 
     async def _decide(self, work: UnitOfWork, endpoint: EndpointRecord, before: RolloutRecord, given: Input) -> EndpointRecord:
         """Let the rollout decide; store it, its log and its events; return the endpoint as it then is, not stored yet."""
-        after, events = ro.decide(before.rollout, given)
+        after, events = decide(before.rollout, given)
         if after == before.rollout and not events:
             return endpoint
         record = replace(before, rollout=after)
@@ -307,23 +328,28 @@ class Deployer:
         told: list[Event] = []
         for event in events:
             match event:
-                case ro.Moved():
+                case ev.Moved():
                     metrics.moved(rollout)
                     _log.info("%s: %s -> %s: %s", rollout.endpoint, event.source, event.target, event.reason)
                     await work.log(rollout.id, event.source, event.target, event.reason, {})
-                case ro.Judged():
+                case ev.Judged():
                     metrics.judged(rollout)
                     await work.log(rollout.id, rollout.state, rollout.state, "window", event.detail)
-                case ro.RouteSet():
+                case ev.Alarmed():
+                    metrics.alarmed(rollout)
+                    _log.error("%s: %s", rollout.endpoint, event.reason, extra={"rollout_id": rollout.id})
+                    await work.log(rollout.id, rollout.state, rollout.state, f"alarm: {event.reason}", event.detail)
+                    told.append(event)
+                case ev.RouteSet():
                     route = routes.of_rollout(event, rollout, await work.arms(rollout.endpoint), self._upstreams)
                     await self._named(work, route)
                     await work.publish(route)
                     endpoint = replace(endpoint, route=route)
-                case ro.RouteWithdrawn():
+                case ev.RouteWithdrawn():
                     route = routes.withdrawn(rollout.endpoint, event.revision)
                     await work.publish(route)
                     endpoint = replace(endpoint, route=route)
-                case ro.DeadlineSet():
+                case ev.DeadlineSet():
                     await work.set_deadline(rollout.id, event.seconds)
                 case _ if isinstance(event, ANNOUNCED):
                     told.append(event)

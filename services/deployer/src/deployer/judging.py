@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from servicekit.clock import Clock
 
+from deployer.domain.inputs import Acknowledged
 from deployer.domain.membership import Membership
-from deployer.domain.rollout import ENDED, JUDGED, Acknowledged, Rollout, State
+from deployer.domain.rollout import ENDED, Rollout, State
 from deployer.domain.windows import Counts, Merger, ShadowCounts, Window
 from deployer.handlers import Deployer
 from deployer.ports import Deposed, Store
@@ -108,9 +109,12 @@ class Judge:
 
     async def _judge(self, report: Report, entry: EndpointReport, gap: bool) -> None:
         rollout = self._live.get(entry.rollout_id)
-        if rollout is None or rollout.state not in JUDGED or rollout.endpoint != entry.endpoint:
+        if rollout is None or not rollout.judged or rollout.endpoint != entry.endpoint:
             return
-        merger = self._mergers.setdefault(rollout.id, Merger(rollout.revision))
+        alone = rollout.state is State.COMPLETED
+        merger = self._mergers.get(rollout.id)
+        if merger is None or merger.alone is not alone:
+            merger = self._mergers[rollout.id] = Merger(rollout.revision, alone)
         if entry.unjudged:
             merger.interrupted()
             return
@@ -134,7 +138,7 @@ class Judge:
             self._keep((await self._deployer.tell(rollout.id, merged, self._epoch)).rollout)
 
     def _keep(self, rollout: Rollout) -> None:
-        if rollout.state in ENDED:
+        if rollout.state in ENDED and not rollout.judged:
             self._live.pop(rollout.id, None)
             self._mergers.pop(rollout.id, None)
         else:

@@ -14,7 +14,7 @@ from servicekit.clock import Clock
 from servicekit.errors import Transient
 
 from deployer.domain.errors import CommandRefused
-from deployer.domain.rollout import Deadline
+from deployer.domain.inputs import Deadline
 from deployer.handlers import Deployer
 from deployer.judging import Judge
 from deployer.loading import Loader

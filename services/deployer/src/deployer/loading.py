@@ -17,7 +17,8 @@ from servicekit.errors import Invalid, NotFound, Transient
 
 from deployer import metrics
 from deployer.domain.errors import SignatureInvalid
-from deployer.domain.rollout import Cause, Loaded, LoadFailed, RuntimeRestarted, State, Warmed
+from deployer.domain.inputs import Loaded, LoadFailed, RuntimeRestarted, Warmed
+from deployer.domain.rollout import Cause, State
 from deployer.domain.signature import Samples, differences, read_samples, zeros
 from deployer.domain.version import Arm, Version, runtime_model
 from deployer.handlers import Deployer

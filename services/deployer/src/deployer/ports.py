@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from servicekit.errors import Invalid, Transient
 
 from deployer.domain.endpoint import Endpoint
-from deployer.domain.rollout import Event, Rollout
+from deployer.domain.events import Event
+from deployer.domain.rollout import Rollout
 from deployer.domain.route import Route
 from deployer.domain.signature import Rows, Signature
 from deployer.domain.version import Arm, Version
@@ -246,7 +247,7 @@ class Store(Protocol):
         ...
 
     async def live(self) -> list[RolloutRecord]:
-        """All rollouts that run."""
+        """All rollouts that run, and completed ones that are watched."""
         ...
 
     async def rollouts(self, endpoint: str, limit: int, before: str) -> list[RolloutRecord]:

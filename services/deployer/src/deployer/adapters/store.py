@@ -76,6 +76,7 @@ class SqlUnitOfWork:
                 previous=endpoint.previous,
                 live=endpoint.live,
                 waiting=endpoint.waiting,
+                watching=endpoint.watching,
                 generation=record.generation,
                 acknowledged=record.acknowledged,
                 watched=record.watched,
@@ -275,7 +276,8 @@ class SqlStore:
             begin = await conn.scalars(select(e.name).where(e.live.is_(None), e.waiting.is_not(None)))
             deadlines = await conn.scalars(select(r.id).where(r.deadline_at <= func.clock_timestamp()))
             unpublished = await conn.scalars(select(e.name).where(e.watched, e.published_at < old))
-            unnoted = await conn.execute(select(e.name, e.revision).where(e.watched, or_(e.acknowledged < e.revision, e.live.is_(None))))
+            at_rest = and_(e.live.is_(None), e.watching.is_(None))
+            unnoted = await conn.execute(select(e.name, e.revision).where(e.watched, or_(e.acknowledged < e.revision, at_rest)))
             orphans = await conn.scalars(orphaned)
             return Due(
                 begin=begin.all(),
@@ -287,7 +289,9 @@ class SqlStore:
             )
 
     async def live(self) -> list[RolloutRecord]:
-        return await self._select(_rollouts().where(t.rollout.c.state.in_([state.value for state in LIVE])))
+        r = t.rollout.c
+        watched = select(t.endpoint.c.watching).where(t.endpoint.c.watching.is_not(None))
+        return await self._select(_rollouts().where(or_(r.state.in_([state.value for state in LIVE]), r.id.in_(watched))))
 
     async def rollouts(self, endpoint: str, limit: int, before: str) -> list[RolloutRecord]:
         statement = _rollouts().order_by(t.rollout.c.id.desc()).limit(limit)
@@ -348,7 +352,7 @@ def _rollout(row: Row[Any]) -> RolloutRecord:
 
 
 def _endpoint(row: Row[Any], body: dict[str, Any] | None) -> EndpointRecord:
-    endpoint = Endpoint(row.name, row.revision, row.serving, row.previous, row.live, row.waiting)
+    endpoint = Endpoint(row.name, row.revision, row.serving, row.previous, row.live, row.waiting, row.watching)
     route = None if body is None else _ROUTE.validate_python(body)
     return EndpointRecord(endpoint, row.delivery, route, row.generation, row.acknowledged)
 

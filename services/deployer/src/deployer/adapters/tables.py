@@ -32,6 +32,7 @@ delivery = Table(
 
 # The aggregate's row: whoever decides anything about an endpoint locks it. It holds the sequences of the endpoint's events.
 # acknowledged: the highest revision that all gateways served by. watched: the route is to be published again and again.
+# watching: the completed rollout that is watched, null when none is.
 endpoint = Table(
     "endpoint",
     metadata,
@@ -42,6 +43,7 @@ endpoint = Table(
     Column("previous", Text),
     Column("live", UUID(as_uuid=False)),
     Column("waiting", UUID(as_uuid=False)),
+    Column("watching", UUID(as_uuid=False)),
     Column("generation", BigInteger),
     Column("acknowledged", BigInteger),
     Column("watched", Boolean),

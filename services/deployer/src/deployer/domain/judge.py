@@ -115,6 +115,24 @@ def verdict(evidence: Evidence, policy: Policy) -> Verdict:
     )
 
 
+def bounded(policy: Policy) -> bool:
+    """Whether a guard bounds the rate of the endpoint itself, so that a version can be watched that has nothing to compare it with."""
+    return any(guard.at_most is not None for guard in policy.compared)
+
+
+def watch(evidence: Evidence, window: Merged, policy: Policy) -> Evidence:
+    """Place the bets against every guard's `at_most` on a window of a version that has all traffic."""
+    guards = tuple((guard.id, _watch_guard(evidence.of(guard.id), guard, window)) for guard in policy.compared)
+    return replace(evidence, guards=guards, windows=evidence.windows + 1)
+
+
+def _watch_guard(seen: GuardEvidence, guard: Guard, window: Merged) -> GuardEvidence:
+    rate = window.canary.rate(guard.id)
+    if guard.at_most is None or not rate.units:
+        return seen
+    return replace(seen, breach=seen.breach.bet(statistics.excess_payoff(rate, guard.at_most)), canary=seen.canary + rate)
+
+
 def unproven(evidence: Evidence, policy: Policy) -> tuple[str, ...]:
     """The guards by which the canary is not yet shown to be no worse than their margin."""
     return tuple(guard.id for guard in policy.compared if not evidence.of(guard.id).proven)

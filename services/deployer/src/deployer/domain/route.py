@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from deployer.domain.events import RouteSet
 from deployer.domain.grammar import FULL
 from deployer.domain.policy import Assign, Guard
-from deployer.domain.rollout import Rollout, RouteSet
+from deployer.domain.rollout import Rollout
 from deployer.domain.signature import Signature
 from deployer.domain.version import Arm
 

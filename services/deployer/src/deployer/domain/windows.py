@@ -81,10 +81,12 @@ class Merger:
     A merged window is closed as soon as every member has reported and both arms have LEAST_UNITS units (or, while only copies are
     sent, that many comparisons). It takes both arms, not the canary alone, so that the rule is the same for either: with few requests
     at equal shares, a rule about the canary would leave the baseline the fewer units, and the cap would count that against the canary.
+    `alone`: the canary has all traffic and is only watched, so its own units are enough.
     """
 
-    def __init__(self, revision: int = 0) -> None:
+    def __init__(self, revision: int = 0, alone: bool = False) -> None:
         self.revision = revision
+        self.alone = alone
         # Whoever makes a merger has not seen what came before.
         self._gap = True
         self._clear()
@@ -125,6 +127,8 @@ class Merger:
         return merged
 
     def _enough(self) -> bool:
+        if self.alone:
+            return self._canary.units >= LEAST_UNITS
         served = min(self._canary.units, self._baseline.units)
         return served >= LEAST_UNITS or (self._canary.units == 0 and self._shadow.difference().units >= LEAST_UNITS)
 

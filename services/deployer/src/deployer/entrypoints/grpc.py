@@ -16,7 +16,7 @@ from servicekit.access import EVERY_ROLE, AccessTable, Rule, current_caller
 from servicekit.errors import Invalid
 from servicekit.paging import page_size
 
-from deployer.domain.rollout import Abort, Command, Pause, Resume, Revert
+from deployer.domain.inputs import Abort, Command, Pause, Resume, Revert
 from deployer.entrypoints import translate
 from deployer.handlers import Deployer
 

@@ -16,10 +16,10 @@ from servicekit.clock import Clock, Ids
 from servicekit.errors import Invalid
 from servicekit.moments import moment
 
-from deployer.domain import rollout as ro
+from deployer.domain import events as ev
 from deployer.domain.judge import GuardEvidence
 from deployer.domain.policy import Assign, Guard, GuardKind
-from deployer.domain.rollout import Cause, Hold, Rollout
+from deployer.domain.rollout import Cause, Hold, Rollout, State
 from deployer.domain.route import Role, Route, RoutedArm, ShadowRoute
 from deployer.domain.signature import Signature, Tensor
 from deployer.domain.version import Blob, Journey, Version
@@ -30,8 +30,7 @@ from deployer.ports import Announcement, Decision, Delivery, EndpointRecord, Rol
 
 CAUSES: dict[Cause, events.EndCause.ValueType] = {
     Cause.HARM: events.END_CAUSE_HARM,
-    # The endpoint as a whole was bad, and the canary not shown to be the reason.
-    Cause.BREACH: events.END_CAUSE_INTERFERENCE,
+    Cause.BREACH: events.END_CAUSE_BREACH,
     Cause.INTERFERENCE: events.END_CAUSE_INTERFERENCE,
     Cause.DEADLINE: events.END_CAUSE_DEADLINE,
     Cause.RUNTIME: events.END_CAUSE_RUNTIME,
@@ -75,7 +74,7 @@ def promotion(payload: bytes) -> Promotion:
         signature=_signature(model.signature),
         samples=_blob(model.samples) if model.HasField("samples") and model.samples.sha256 else None,
     )
-    return Promotion(message.endpoint, version)
+    return Promotion(message.endpoint, version, message.evaluation_id, None if message.override else message.champion_version)
 
 
 def delivery(payload: bytes) -> Delivery:
@@ -168,26 +167,29 @@ class EventEncoder:
 def _event(announcement: Announcement) -> tuple[str, Message]:
     ref, revision = rollout_ref(announcement.record), announcement.revision
     match announcement.event:
-        case ro.CanaryStarted(weight=weight):
+        case ev.CanaryStarted(weight=weight):
             return "deploy.canary", events.DeployCanary(rollout=ref, weight_bps=weight, route_revision=revision)
-        case ro.Advanced(step=step, weight=weight, reason=reason):
+        case ev.Advanced(step=step, weight=weight, reason=reason):
             advanced = events.DeployAdvanced(rollout=ref, step=step, weight_bps=weight, route_revision=revision, reason=reason)
             return "deploy.advanced", advanced
-        case ro.Completed(first=first, reason=reason):
+        case ev.Completed(first=first, reason=reason):
             blob = _blob_ref(announcement.record.version.blob)
             completed = events.DeployCompleted(rollout=ref, first=first, route_revision=revision, blob=blob, reason=reason)
             return "deploy.completed", completed
-        case ro.RolledBack(cause=cause, reason=reason):
+        case ev.RolledBack(cause=cause, reason=reason):
             rolled_back = events.DeployRolledBack(rollout=ref, cause=CAUSES[cause], reason=reason, route_revision=revision)
             return "deploy.rolled_back", rolled_back
-        case ro.Superseded(by_version=by_version):
+        case ev.Superseded(by_version=by_version):
             return "deploy.superseded", events.DeploySuperseded(rollout=ref, by_version=by_version)
-        case ro.Reverted(reason=reason):
+        case ev.Reverted(reason=reason):
             reverted = events.DeployReverted(rollout=ref, reason=reason, route_revision=revision)
             if announcement.baseline is not None:
                 reverted.to_version = announcement.baseline.version
                 reverted.to_blob.CopyFrom(_blob_ref(announcement.baseline.blob))
             return "deploy.reverted", reverted
+        case ev.Alarmed(reason=reason):
+            revertible = announcement.record.rollout.revertible
+            return "deploy.alarmed", events.DeployAlarmed(rollout=ref, reason=reason, route_revision=revision, revertible=revertible)
         case other:
             raise TypeError(f"{type(other).__name__} is nobody else's business")
 
@@ -299,6 +301,10 @@ def rollout(record: RolloutRecord) -> pb.Rollout:
         route_revision=found.revision,
         shadow_compared=found.evidence.shadow.compared,
         shadow_different=found.evidence.shadow.different,
+        watched=found.judged and found.state is State.COMPLETED,
+        alarm=found.alarm,
+        stale=found.stale,
+        evaluation_id=found.evaluation,
     )
     if found.cause is not None:
         answer.cause = CAUSES[found.cause]

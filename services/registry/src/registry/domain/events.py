@@ -42,7 +42,10 @@ class ModelApprovalRequested:
 
 @dataclass(frozen=True, slots=True)
 class ModelPromoted:
-    """The registry wants this version in production; `champion_version` is the one it replaces, 0 for none."""
+    """The registry wants this version in production; `champion_version` is the one it replaces, 0 for none.
+
+    `override`: an admin passed the gates by, so that no verdict about a champion binds it.
+    """
 
     version: VersionRef
     journey: Journey
@@ -51,6 +54,7 @@ class ModelPromoted:
     evaluation_id: str
     promoted_by: str
     champion_version: int
+    override: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,6 +250,12 @@ class Model:
         if by_version == self.champion != version.evidence.champion_version:
             self._reevaluate(version, by)
 
+    def alarmed(self, number: int, why: str, by: By) -> None:
+        """A version that had completed turned out to be bad; it stays where it is, and says so."""
+        version = self.version(number)
+        if number == self.champion:
+            self._put(replace(version, reason=f"in production, with an alarm: {why}"[:MAX_REASON]), "version.alarm", by)
+
     def reverted(self, number: int, to: int, why: str, by: By) -> None:
         """A completed rollout was taken back: the earlier version is champion again, this one is archived."""
         if self.champion == to:
@@ -316,6 +322,7 @@ class Model:
             evaluation_id=version.evidence.evaluation_id,
             promoted_by=by.actor,
             champion_version=self.champion,
+            override=override,
         )
         self._emit(event, version, by)
         why = "rolling out" if not override else "rolling out: the gates were passed by"

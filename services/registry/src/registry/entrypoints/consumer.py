@@ -42,6 +42,7 @@ class EventHandlers:
             "deploy.rolled_back": self.rolled_back,
             "deploy.superseded": self.superseded,
             "deploy.reverted": self.reverted,
+            "deploy.alarmed": self.alarmed,
         }
 
     async def passed(self, conn: AsyncConnection, event: Received) -> None:
@@ -91,6 +92,11 @@ class EventHandlers:
         model_id, version = _version(message.rollout)
         by = self._by(event, message.reason)
         await self._versions.reverted(self._session(conn), model_id, version, message.to_version, message.reason, by)
+
+    async def alarmed(self, conn: AsyncConnection, event: Received) -> None:
+        message = deployer_pb.DeployAlarmed.FromString(event.payload)
+        model_id, version = _version(message.rollout)
+        await self._versions.alarmed(self._session(conn), model_id, version, message.reason, self._by(event))
 
     async def _progressed(self, conn: AsyncConnection, event: Received, rollout: deployer_pb.RolloutRef, how: str) -> None:
         model_id, version = _version(rollout)

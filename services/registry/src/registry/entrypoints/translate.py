@@ -72,6 +72,7 @@ def encode(event: DomainEvent) -> Encoded:
                 evaluation_id=event.evaluation_id,
                 promoted_by=event.promoted_by,
                 champion_version=event.champion_version,
+                override=event.override,
             )
             return _encoded("model.promoted", topics.MODELS, _name(event.version), promoted)
         case ModelArchived():
@@ -218,6 +219,7 @@ _CAUSES = {
     deployer_pb.END_CAUSE_INTERFERENCE: "interference: the version in production suffered too",
     deployer_pb.END_CAUSE_ARTIFACT: "artifact",
     deployer_pb.END_CAUSE_SUPERSEDED: "superseded",
+    deployer_pb.END_CAUSE_BREACH: "the endpoint as a whole was bad more often than a guard allows",
 }
 
 

@@ -73,6 +73,13 @@ class VersionEvents:
             model.superseded(version, by_version, by)
             await session.models.save(model)
 
+    async def alarmed(self, session: Session, model_id: UUID, version: int, why: str, by: By) -> None:
+        """deploy.alarmed"""
+        with told():
+            model = await _model(session, model_id, version)
+            model.alarmed(version, why, by)
+            await session.models.save(model)
+
     async def reverted(self, session: Session, model_id: UUID, version: int, to_version: int, why: str, by: By) -> None:
         """deploy.reverted: the earlier version has its stage and alias back."""
         with told():

@@ -35,10 +35,12 @@ class _EndCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndCause.Val
     """The runtime refused, lost or restarted the version."""
     END_CAUSE_OPERATOR: _EndCause.ValueType  # 4
     END_CAUSE_INTERFERENCE: _EndCause.ValueType  # 5
-    """The baseline suffered too, or the endpoint as a whole was bad and the canary not shown to be the reason."""
+    """The baseline became worse than it had been itself."""
     END_CAUSE_ARTIFACT: _EndCause.ValueType  # 6
     """The artifact is missing or its hash is wrong."""
     END_CAUSE_SUPERSEDED: _EndCause.ValueType  # 7
+    END_CAUSE_BREACH: _EndCause.ValueType  # 8
+    """The endpoint as a whole was bad more often than a guard's at_most, and the canary not shown to be the reason."""
 
 class EndCause(_EndCause, metaclass=_EndCauseEnumTypeWrapper):
     """Why a rollout ended without completing."""
@@ -51,10 +53,12 @@ END_CAUSE_RUNTIME: EndCause.ValueType  # 3
 """The runtime refused, lost or restarted the version."""
 END_CAUSE_OPERATOR: EndCause.ValueType  # 4
 END_CAUSE_INTERFERENCE: EndCause.ValueType  # 5
-"""The baseline suffered too, or the endpoint as a whole was bad and the canary not shown to be the reason."""
+"""The baseline became worse than it had been itself."""
 END_CAUSE_ARTIFACT: EndCause.ValueType  # 6
 """The artifact is missing or its hash is wrong."""
 END_CAUSE_SUPERSEDED: EndCause.ValueType  # 7
+END_CAUSE_BREACH: EndCause.ValueType  # 8
+"""The endpoint as a whole was bad more often than a guard's at_most, and the canary not shown to be the reason."""
 Global___EndCause: _TypeAlias = EndCause  # noqa: Y015
 
 class _Assign:
@@ -282,7 +286,9 @@ Global___DeployRolledBack: _TypeAlias = DeployRolledBack  # noqa: Y015
 
 @_typing.final
 class DeploySuperseded(_message.Message):
-    """deploy.superseded: a newer promoted version took its place before it began, or by command."""
+    """deploy.superseded: a newer promoted version took its place before it began, or another version than the champion that it was judged
+    against was live when its turn came: that one is by_version, and this one is to be evaluated again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -337,6 +343,37 @@ class DeployReverted(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DeployReverted: _TypeAlias = DeployReverted  # noqa: Y015
+
+@_typing.final
+class DeployAlarmed(_message.Message):
+    """deploy.alarmed: a version that had completed broke a guard's at_most within its rollback window. It stays; people decide."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ROUTE_REVISION_FIELD_NUMBER: _builtins.int
+    REVERTIBLE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    route_revision: _builtins.int
+    revertible: _builtins.bool
+    """The version before it is kept, and RevertRollout brings it back."""
+    @_builtins.property
+    def rollout(self) -> Global___RolloutRef: ...
+    def __init__(
+        self,
+        *,
+        rollout: Global___RolloutRef | None = ...,
+        reason: _builtins.str = ...,
+        route_revision: _builtins.int = ...,
+        revertible: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rollout", b"rollout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "revertible", b"revertible", "rollout", b"rollout", "route_revision", b"route_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DeployAlarmed: _TypeAlias = DeployAlarmed  # noqa: Y015
 
 @_typing.final
 class Arm(_message.Message):

@@ -107,6 +107,10 @@ class Rollout(_message.Message):
     ROUTE_REVISION_FIELD_NUMBER: _builtins.int
     SHADOW_COMPARED_FIELD_NUMBER: _builtins.int
     SHADOW_DIFFERENT_FIELD_NUMBER: _builtins.int
+    WATCHED_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    EVALUATION_ID_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     """waiting, preparing, warming, shadowing, stepping, completing, completed, aborting, rolled_back, reverting, reverted, superseded."""
     step: _builtins.int
@@ -118,6 +122,14 @@ class Rollout(_message.Message):
     route_revision: _builtins.int
     shadow_compared: _builtins.int
     shadow_different: _builtins.int
+    watched: _builtins.bool
+    """Completed, and its endpoint is still held to the guards' at_most."""
+    alarm: _builtins.str
+    """What the watch showed; empty: nothing."""
+    stale: _builtins.bool
+    """Superseded because another version than the champion it was judged against was live when its turn came: it is evaluated again."""
+    evaluation_id: _builtins.str
+    """The evaluation on which it was promoted."""
     @_builtins.property
     def ref(self) -> _events_pb2.RolloutRef: ...
     @_builtins.property
@@ -143,10 +155,14 @@ class Rollout(_message.Message):
         route_revision: _builtins.int = ...,
         shadow_compared: _builtins.int = ...,
         shadow_different: _builtins.int = ...,
+        watched: _builtins.bool = ...,
+        alarm: _builtins.str = ...,
+        stale: _builtins.bool = ...,
+        evaluation_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "finished_at", b"finished_at", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "created_at", b"created_at", "finished_at", b"finished_at", "guards", b"guards", "held", b"held", "paused", b"paused", "reason", b"reason", "ref", b"ref", "route_revision", b"route_revision", "shadow_compared", b"shadow_compared", "shadow_different", b"shadow_different", "state", b"state", "step", b"step", "weight_bps", b"weight_bps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "cause", b"cause", "created_at", b"created_at", "evaluation_id", b"evaluation_id", "finished_at", b"finished_at", "guards", b"guards", "held", b"held", "paused", b"paused", "reason", b"reason", "ref", b"ref", "route_revision", b"route_revision", "shadow_compared", b"shadow_compared", "shadow_different", b"shadow_different", "stale", b"stale", "state", b"state", "step", b"step", "watched", b"watched", "weight_bps", b"weight_bps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Rollout: _TypeAlias = Rollout  # noqa: Y015

@@ -259,12 +259,15 @@ class ModelPromoted(_message.Message):
     EVALUATION_ID_FIELD_NUMBER: _builtins.int
     PROMOTED_BY_FIELD_NUMBER: _builtins.int
     CHAMPION_VERSION_FIELD_NUMBER: _builtins.int
+    OVERRIDE_FIELD_NUMBER: _builtins.int
     endpoint: _builtins.str
     evaluation_id: _builtins.str
     promoted_by: _builtins.str
     """Who or which event promoted it."""
     champion_version: _builtins.int
-    """0: no champion."""
+    """The champion it was judged against; 0: none. When another version is live by the time of its turn, it is not rolled out."""
+    override: _builtins.bool
+    """An admin passed the gates by: no verdict binds it, so none can be out of date."""
     @_builtins.property
     def version(self) -> Global___VersionRef: ...
     @_builtins.property
@@ -281,10 +284,11 @@ class ModelPromoted(_message.Message):
         evaluation_id: _builtins.str = ...,
         promoted_by: _builtins.str = ...,
         champion_version: _builtins.int = ...,
+        override: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["journey", b"journey", "model", b"model", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["champion_version", b"champion_version", "endpoint", b"endpoint", "evaluation_id", b"evaluation_id", "journey", b"journey", "model", b"model", "promoted_by", b"promoted_by", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["champion_version", b"champion_version", "endpoint", b"endpoint", "evaluation_id", b"evaluation_id", "journey", b"journey", "model", b"model", "override", b"override", "promoted_by", b"promoted_by", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ModelPromoted: _TypeAlias = ModelPromoted  # noqa: Y015
