@@ -86,6 +86,19 @@ class Evaluator(evaluator_grpc.EvaluatorServiceServicer):
         wanted = [e for e in self.evaluations if not request.run_id or e.judgement.journey.run_id == request.run_id]
         return evaluator_pb.ListEvaluationsResponse(evaluations=wanted)
 
+    async def GetEvaluation(self, request: evaluator_pb.GetEvaluationRequest, context: object) -> evaluator_pb.GetEvaluationResponse:  # type: ignore[override]
+        return evaluator_pb.GetEvaluationResponse(evaluation=next(e for e in self.evaluations if e.evaluation_id == request.evaluation_id))
+
+
+PAGE = 2
+"""The services' own limit, whatever is asked for."""
+
+
+def page_of(entries: list[Any], token: str) -> tuple[list[Any], str]:
+    """A page, and the token of the next one."""
+    start = int(token or 0)
+    return entries[start : start + PAGE], str(start + PAGE) if start + PAGE < len(entries) else ""
+
 
 class Registry(registry_grpc.RegistryServiceServicer):
     def __init__(self) -> None:
@@ -98,7 +111,11 @@ class Registry(registry_grpc.RegistryServiceServicer):
     async def ListVersions(self, request: registry_pb.ListVersionsRequest, context: object) -> registry_pb.ListVersionsResponse:  # type: ignore[override]
         if not self.versions:
             raise NotFound("there is no model m")
-        return registry_pb.ListVersionsResponse(versions=self.versions)
+        page, token = page_of(self.versions, request.page_token)
+        return registry_pb.ListVersionsResponse(versions=page, next_page_token=token)
+
+    async def GetVersion(self, request: registry_pb.GetVersionRequest, context: object) -> registry_pb.GetVersionResponse:  # type: ignore[override]
+        return registry_pb.GetVersionResponse(version=next(v for v in self.versions if v.ref.version == request.version))
 
     async def ListApprovals(self, request: registry_pb.ListApprovalsRequest, context: object) -> registry_pb.ListApprovalsResponse:  # type: ignore[override]
         return registry_pb.ListApprovalsResponse(approvals=self.approvals)
@@ -109,7 +126,8 @@ class Deployer(deployer_grpc.DeployerServiceServicer):
         self.rollouts: list[deployer_pb.Rollout] = []
 
     async def ListRollouts(self, request: deployer_pb.ListRolloutsRequest, context: object) -> deployer_pb.ListRolloutsResponse:  # type: ignore[override]
-        return deployer_pb.ListRolloutsResponse(rollouts=self.rollouts)
+        page, token = page_of(self.rollouts, request.page_token)
+        return deployer_pb.ListRolloutsResponse(rollouts=page, next_page_token=token)
 
 
 class DeadLetters(eventing_grpc.DeadLetterServiceServicer):
@@ -295,6 +313,45 @@ async def test_a_journey_is_told_by_whoever_knows_it_best(api: httpx.AsyncClient
     services.deployer.rollouts.append(rollout)
     assert await state() == "stepping"
     assert (await api.get("/api/v1/deliveries/d/journeys")).json()["journeys"][0]["detail"] == "5 % of the traffic"
+    # Its verdict was out of date: until it is evaluated again that is what it waits for, afterwards the old rollout says nothing.
+    rollout.state, rollout.stale, rollout.evaluation_id = "superseded", True, "e1"
+    assert await state() == "evaluating"
+    again = evaluator_pb.Evaluation(evaluation_id="e2", status="running")
+    again.judgement.journey.run_id = run
+    evaluation.status = "superseded"
+    services.evaluator.evaluations.insert(0, again)
+    assert await state() == "evaluating"
+    again.status = "passed"
+    assert await state() == "promoted"
+    another = deployer_pb.Rollout(state="waiting", evaluation_id="e2")
+    another.ref.version.version = 3
+    services.deployer.rollouts.insert(0, another)
+    assert await state() == "waiting"
+
+
+async def test_journeys_and_lineages_are_found_on_every_page(api: httpx.AsyncClient, services: Services) -> None:
+    for number in range(7, 0, -1):  # newest first, two a page
+        run = f"{number:032x}"
+        evaluation = evaluator_pb.Evaluation(evaluation_id=f"e{number}", status="passed")
+        evaluation.judgement.journey.run_id, evaluation.judgement.model = run, "m"
+        services.evaluator.evaluations.append(evaluation)
+        version = registry_pb.ModelVersion(stage="Archived", evaluation_id=f"e{number}")
+        version.ref.version, version.journey.run_id = number, run
+        services.registry.versions.append(version)
+        rollout = deployer_pb.Rollout(state="completed", reason=f"rollout {number}")
+        rollout.ref.version.version = number
+        services.deployer.rollouts.append(rollout)
+    told = (await api.get("/api/v1/deliveries/d/journeys")).json()["journeys"]
+    assert [(one["version"], one["state"], one["detail"]) for one in told] == [(n, "completed", f"rollout {n}") for n in range(7, 0, -1)]
+    (oldest,) = (await api.get("/api/v1/deliveries/d/journeys", params={"run_id": f"{1:032x}"})).json()["journeys"]
+    assert (oldest["version"], oldest["detail"]) == (1, "rollout 1")
+    traced = (await api.get(f"/api/v1/traces/{1:032x}")).json()
+    assert (traced["lineage"]["version"]["version"], traced["lineage"]["evaluation"]["id"]) == (1, "e1")
+    # A run that became no version is looked for to the end, and not found.
+    del services.registry.versions[-1]
+    assert (await api.get(f"/api/v1/traces/{1:032x}")).status_code == 404
+    (oldest,) = (await api.get("/api/v1/deliveries/d/journeys", params={"run_id": f"{1:032x}"})).json()["journeys"]
+    assert oldest["state"] == "registering"
 
 
 class Spans:

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from servicekit.errors import NotFound
 
+from gateway.control.pages import rollouts_of, versions_of
 from gateway.control.peers import Peers
 from gateway.control.routing import PeersOf, answers
 from gateway.control.wire import Json, to_json
@@ -55,11 +56,9 @@ async def journeys(name: str, peers: PeersOf, run_id: str = "", limit: int = 20)
     evaluations = list((await peers.evaluator.ListEvaluations(request)).evaluations)
     if not evaluations:
         return {"journeys": [await _before_evaluation(peers, run_id)] if run_id else []}
-    versions = await _versions(peers, delivery.model)
-    approvals = (await peers.registry.ListApprovals(pb.ListApprovalsRequest(model=delivery.model))).approvals if versions else []
-    rollouts = (await peers.deployer.ListRollouts(deployer_pb.ListRolloutsRequest(endpoint=delivery.endpoint, page_size=100))).rollouts
-    by_run = {version.journey.run_id: version for version in reversed(versions)}
-    newest = {rollout.ref.version.version: rollout for rollout in reversed(rollouts)}
+    by_run = await _versions(peers, delivery.model, {evaluation.judgement.journey.run_id for evaluation in evaluations})
+    approvals = (await peers.registry.ListApprovals(pb.ListApprovalsRequest(model=delivery.model))).approvals if by_run else []
+    newest = await _rollouts(peers, delivery.endpoint, {version.ref.version for version in by_run.values()})
     waiting = {approval.version.version: approval for approval in reversed(approvals)}
     seen: set[str] = set()
     found = []
@@ -81,11 +80,32 @@ async def _before_evaluation(peers: Peers, run_id: str) -> Json:
     return {"run_id": run_id, "state": state, "detail": detail}
 
 
-async def _versions(peers: Peers, model: str) -> list[pb.ModelVersion]:
+async def _versions(peers: Peers, model: str, runs: set[str]) -> dict[str, pb.ModelVersion]:
+    """The newest version that each of these runs became, by run."""
+    found: dict[str, pb.ModelVersion] = {}
     try:
-        return list((await peers.registry.ListVersions(pb.ListVersionsRequest(model=model, page_size=100))).versions)
+        async for version in versions_of(peers, model):
+            if version.journey.run_id in runs:
+                found.setdefault(version.journey.run_id, version)
+            if len(found) == len(runs):
+                break
     except NotFound:  # no candidate has passed yet
-        return []
+        pass
+    return found
+
+
+async def _rollouts(peers: Peers, endpoint: str, versions: set[int]) -> dict[int, deployer_pb.Rollout]:
+    """The newest rollout of each of these versions, by version."""
+    found: dict[int, deployer_pb.Rollout] = {}
+    if not versions:
+        return found
+    async for rollout in rollouts_of(peers, endpoint):
+        number = rollout.ref.version.version
+        if number in versions:
+            found.setdefault(number, rollout)
+        if len(found) == len(versions):
+            break
+    return found
 
 
 def _journey(
@@ -107,8 +127,10 @@ def _journey(
     if version is None:
         return {**journey, "state": "registering", "detail": "evaluation passed"}
     journey |= {"version": version.ref.version, "stage": version.stage}
-    if rollout is not None:
+    if rollout is not None and not _over_and_done(rollout, evaluation):
         journey["rollout_id"] = rollout.ref.rollout_id
+        if rollout.stale:
+            return {**journey, "state": "evaluating", "detail": rollout.reason}
         return {**journey, "state": rollout.state, "detail": _rollout_detail(rollout)}
     if approval is not None and approval.status in ("pending", "rejected"):
         state = "awaiting_approval" if approval.status == "pending" else "rejected"
@@ -117,6 +139,11 @@ def _journey(
     if version.stage == "Archived":
         return {**journey, "state": "archived", "detail": version.reason}
     return {**journey, "state": "promoted", "detail": version.reason}
+
+
+def _over_and_done(rollout: deployer_pb.Rollout, evaluation: evaluator_pb.Evaluation) -> bool:
+    """Whether a rollout's verdict was out of date and the version has been evaluated again since: the next rollout counts."""
+    return rollout.stale and rollout.evaluation_id != evaluation.evaluation_id
 
 
 def _rollout_detail(rollout: deployer_pb.Rollout) -> str:

@@ -6,12 +6,12 @@ from typing import Any, Protocol, cast
 
 import httpx
 from contracts.evaluator.v1 import service_pb2 as evaluator_pb
-from contracts.registry.v1 import service_pb2 as registry_pb
 from fastapi import APIRouter, Request
 from servicekit.access import EVERY_ROLE, current_caller, require_role
 from servicekit.errors import Invalid, NotFound, Unavailable
 
 from gateway.control.lineage import lineage_of
+from gateway.control.pages import versions_of
 from gateway.control.peers import Peers
 from gateway.control.routing import PeersOf
 from gateway.control.wire import Json
@@ -24,7 +24,6 @@ ENDPOINT = "headrace.endpoint"
 ARM = "headrace.arm"
 MODEL = "headrace.model"
 VERSION = "headrace.model_version"
-
 READERS = EVERY_ROLE
 """Spans are asked of no service that would check it: a key that is for inference alone, or a run's token, sees none."""
 
@@ -106,8 +105,9 @@ async def _lineage_of_run(peers: Peers, run_id: str) -> Json | None:
         return None
     model = evaluations[0].judgement.model
     try:
-        versions = (await peers.registry.ListVersions(registry_pb.ListVersionsRequest(model=model, page_size=100))).versions
+        async for version in versions_of(peers, model):
+            if version.journey.run_id == run_id:
+                return await lineage_of(peers, model, version.ref.version)
     except NotFound:
         return None
-    version = next((v.ref.version for v in versions if v.journey.run_id == run_id), None)
-    return await lineage_of(peers, model, version) if version else None
+    return None
