@@ -25,6 +25,7 @@ from gateway.control.peers import connect
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
+from pydantic import SecretStr
 from servicekit import rpc, telemetry
 from servicekit.access import Caller, Rule, current_caller, new_service_token
 from servicekit.errors import AlreadyExists, NotFound, Unauthenticated, Unavailable
@@ -42,23 +43,23 @@ class Tracker(tracker_grpc.TrackerServiceServicer):
         self.experiments: dict[str, int] = {}
         self.races = 0
 
-    async def GetExperiment(self, request: tracker_pb.GetExperimentRequest, context: object) -> tracker_pb.GetExperimentResponse:  # type: ignore[override]
+    async def GetExperiment(self, request: tracker_pb.GetExperimentRequest, context: object) -> tracker_pb.GetExperimentResponse:
         if request.name not in self.experiments:
             raise NotFound(f"there is no experiment {request.name}")
         return tracker_pb.GetExperimentResponse(experiment=tracker_pb.Experiment(id=self.experiments[request.name], name=request.name))
 
-    async def CreateExperiment(self, request: tracker_pb.CreateExperimentRequest, context: object) -> tracker_pb.CreateExperimentResponse:  # type: ignore[override]
+    async def CreateExperiment(self, request: tracker_pb.CreateExperimentRequest, context: object) -> tracker_pb.CreateExperimentResponse:
         self.experiments[request.name] = 7
         if self.races:
             self.races -= 1
             raise AlreadyExists("somebody else was faster")
         return tracker_pb.CreateExperimentResponse(experiment=tracker_pb.Experiment(id=7, name=request.name))
 
-    async def CreateRun(self, request: tracker_pb.CreateRunRequest, context: object) -> tracker_pb.CreateRunResponse:  # type: ignore[override]
+    async def CreateRun(self, request: tracker_pb.CreateRunRequest, context: object) -> tracker_pb.CreateRunResponse:
         self.callers.append(current_caller())
         return tracker_pb.CreateRunResponse(run=tracker_pb.Run(run_id="a" * 32, experiment_id=request.experiment_id, user=request.user))
 
-    async def GetRun(self, request: tracker_pb.GetRunRequest, context: object) -> tracker_pb.GetRunResponse:  # type: ignore[override]
+    async def GetRun(self, request: tracker_pb.GetRunRequest, context: object) -> tracker_pb.GetRunResponse:
         if request.run_id == "down":
             raise Unavailable("PostgreSQL does not answer")
         if request.run_id == "bug":
@@ -67,12 +68,12 @@ class Tracker(tracker_grpc.TrackerServiceServicer):
 
 
 class Trainer(trainer_grpc.TrainerServiceServicer):
-    async def GetTraining(self, request: trainer_pb.GetTrainingRequest, context: object) -> trainer_pb.GetTrainingResponse:  # type: ignore[override]
+    async def GetTraining(self, request: trainer_pb.GetTrainingRequest, context: object) -> trainer_pb.GetTrainingResponse:
         if request.training_id != "t1":
             raise NotFound(f"there is no training {request.training_id}")
         return trainer_pb.GetTrainingResponse(training=trainer_pb.Training(training_id="t1"))
 
-    async def StreamLog(self, request: trainer_pb.StreamLogRequest, context: object) -> AsyncIterator[trainer_pb.StreamLogResponse]:  # type: ignore[override]
+    async def StreamLog(self, request: trainer_pb.StreamLogRequest, context: object) -> AsyncIterator[trainer_pb.StreamLogResponse]:
         for offset, data in ((0, b"first\n"), (6, b"second\n")):
             if offset >= request.offset:
                 yield trainer_pb.StreamLogResponse(offset=offset, data=data)
@@ -82,11 +83,11 @@ class Evaluator(evaluator_grpc.EvaluatorServiceServicer):
     def __init__(self) -> None:
         self.evaluations: list[evaluator_pb.Evaluation] = []
 
-    async def ListEvaluations(self, request: evaluator_pb.ListEvaluationsRequest, context: object) -> evaluator_pb.ListEvaluationsResponse:  # type: ignore[override]
+    async def ListEvaluations(self, request: evaluator_pb.ListEvaluationsRequest, context: object) -> evaluator_pb.ListEvaluationsResponse:
         wanted = [e for e in self.evaluations if not request.run_id or e.judgement.journey.run_id == request.run_id]
         return evaluator_pb.ListEvaluationsResponse(evaluations=wanted)
 
-    async def GetEvaluation(self, request: evaluator_pb.GetEvaluationRequest, context: object) -> evaluator_pb.GetEvaluationResponse:  # type: ignore[override]
+    async def GetEvaluation(self, request: evaluator_pb.GetEvaluationRequest, context: object) -> evaluator_pb.GetEvaluationResponse:
         return evaluator_pb.GetEvaluationResponse(evaluation=next(e for e in self.evaluations if e.evaluation_id == request.evaluation_id))
 
 
@@ -105,19 +106,19 @@ class Registry(registry_grpc.RegistryServiceServicer):
         self.versions: list[registry_pb.ModelVersion] = []
         self.approvals: list[registry_pb.Approval] = []
 
-    async def GetDelivery(self, request: registry_pb.GetDeliveryRequest, context: object) -> registry_pb.GetDeliveryResponse:  # type: ignore[override]
+    async def GetDelivery(self, request: registry_pb.GetDeliveryRequest, context: object) -> registry_pb.GetDeliveryResponse:
         return registry_pb.GetDeliveryResponse(delivery=registry_pb.Delivery(name=request.name, model="m", endpoint="e"))
 
-    async def ListVersions(self, request: registry_pb.ListVersionsRequest, context: object) -> registry_pb.ListVersionsResponse:  # type: ignore[override]
+    async def ListVersions(self, request: registry_pb.ListVersionsRequest, context: object) -> registry_pb.ListVersionsResponse:
         if not self.versions:
             raise NotFound("there is no model m")
         page, token = page_of(self.versions, request.page_token)
         return registry_pb.ListVersionsResponse(versions=page, next_page_token=token)
 
-    async def GetVersion(self, request: registry_pb.GetVersionRequest, context: object) -> registry_pb.GetVersionResponse:  # type: ignore[override]
+    async def GetVersion(self, request: registry_pb.GetVersionRequest, context: object) -> registry_pb.GetVersionResponse:
         return registry_pb.GetVersionResponse(version=next(v for v in self.versions if v.ref.version == request.version))
 
-    async def ListApprovals(self, request: registry_pb.ListApprovalsRequest, context: object) -> registry_pb.ListApprovalsResponse:  # type: ignore[override]
+    async def ListApprovals(self, request: registry_pb.ListApprovalsRequest, context: object) -> registry_pb.ListApprovalsResponse:
         return registry_pb.ListApprovalsResponse(approvals=self.approvals)
 
 
@@ -125,13 +126,13 @@ class Deployer(deployer_grpc.DeployerServiceServicer):
     def __init__(self) -> None:
         self.rollouts: list[deployer_pb.Rollout] = []
 
-    async def ListRollouts(self, request: deployer_pb.ListRolloutsRequest, context: object) -> deployer_pb.ListRolloutsResponse:  # type: ignore[override]
+    async def ListRollouts(self, request: deployer_pb.ListRolloutsRequest, context: object) -> deployer_pb.ListRolloutsResponse:
         page, token = page_of(self.rollouts, request.page_token)
         return deployer_pb.ListRolloutsResponse(rollouts=page, next_page_token=token)
 
 
 class DeadLetters(eventing_grpc.DeadLetterServiceServicer):
-    async def ListDeadLetters(self, request: eventing_pb.ListDeadLettersRequest, context: object) -> eventing_pb.ListDeadLettersResponse:  # type: ignore[override]
+    async def ListDeadLetters(self, request: eventing_pb.ListDeadLettersRequest, context: object) -> eventing_pb.ListDeadLettersResponse:
         return eventing_pb.ListDeadLettersResponse(
             dead_letters=[eventing_pb.DeadLetter(consumer="c", key="k", sequence=3, reason="broken")]
         )
@@ -141,8 +142,9 @@ class Services:
     """The fakes behind one API."""
 
     def __init__(self) -> None:
-        self.tracker, self.trainer, self.evaluator = Tracker(), Trainer(), Evaluator()
-        self.registry, self.deployer = Registry(), Deployer()
+        # Each serves some methods of many.
+        self.tracker, self.trainer, self.evaluator = Tracker(), Trainer(), Evaluator()  # type: ignore[abstract]
+        self.registry, self.deployer = Registry(), Deployer()  # type: ignore[abstract]
 
 
 def authenticate(token: str) -> Caller:
@@ -177,7 +179,7 @@ async def services() -> Services:
 @pytest.fixture
 async def api(services: Services) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the API; the deployer's dead letters are out of reach."""
-    letters = (eventing_grpc.add_DeadLetterServiceServicer_to_server, DeadLetters())
+    letters = (eventing_grpc.add_DeadLetterServiceServicer_to_server, DeadLetters())  # type: ignore[abstract]
     adders: dict[str, tuple[Any, object]] = {
         "headrace.tracker.v1.TrackerService": (tracker_grpc.add_TrackerServiceServicer_to_server, services.tracker),
         "headrace.trainer.v1.TrainerService": (trainer_grpc.add_TrainerServiceServicer_to_server, services.trainer),
@@ -186,7 +188,7 @@ async def api(services: Services) -> AsyncIterator[httpx.AsyncClient]:
         "headrace.deployer.v1.DeployerService": (deployer_grpc.add_DeployerServiceServicer_to_server, services.deployer),
         "headrace.eventing.v1.DeadLetterService": letters,
     }
-    settings = ServiceSettings(service_token=TOKEN)
+    settings = ServiceSettings(service_token=SecretStr(TOKEN))
     async with serving(adders) as address:
         channels = {name: rpc.channel(address, settings) for name in ("tracker", "trainer", "evaluator", "registry", "deployer")}
         peers = connect(channels)
@@ -365,7 +367,7 @@ class Spans:
 @pytest.mark.parametrize(("roles", "run_id", "status"), [({"viewer"}, None, 200), (set(), None, 403), (set(), "c" * 32, 403)])
 async def test_spans_are_for_those_who_have_a_role(services: Services, roles: set[str], run_id: str | None, status: int) -> None:
     """Also those of a run that became no version; not for a key that is for inference alone, nor for a run's token."""
-    settings = ServiceSettings(service_token=TOKEN)
+    settings = ServiceSettings(service_token=SecretStr(TOKEN))
     evaluator = (evaluator_grpc.add_EvaluatorServiceServicer_to_server, services.evaluator)
     async with serving({"headrace.evaluator.v1.EvaluatorService": evaluator}) as address:
         channels = {name: rpc.channel(address, settings) for name in ("tracker", "trainer", "evaluator", "registry", "deployer")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from contracts.deployer.v1 import events_pb2 as deployer_events
 from contracts.deployer.v1 import service_pb2 as deployer_pb
 from contracts.evaluator.v1 import events_pb2 as evaluator_events
 from contracts.eventing.v1 import service_pb2 as eventing_pb
@@ -28,7 +29,7 @@ def test_integers_of_64_bits_are_numbers() -> None:
 
 
 def test_timestamps_enums_bytes_and_absent_optionals() -> None:
-    rollout = deployer_pb.Rollout(cause=1)
+    rollout = deployer_pb.Rollout(cause=deployer_events.END_CAUSE_HARM)
     rollout.created_at.FromJsonString("2026-01-02T03:04:05Z")
     told = to_json(rollout)
     assert told["created_at"] == "2026-01-02T03:04:05Z"

@@ -18,7 +18,7 @@ from headrace.http import InvalidInput
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    found = []
+    found: list[tuple[tuple[str, ...], Any]] = []
     for name, command in group.commands.items():
         here = (*path, name)
         found += commands(command, here) if hasattr(command, "commands") else [(here, command)]

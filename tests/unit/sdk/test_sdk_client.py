@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import headrace.http
 import pytest
 from headrace.config import Connection
 from headrace.http import Client, Denied, HeadraceError, InvalidInput, Unreachable
@@ -68,7 +67,7 @@ def gateway() -> Iterator[Callable[[Callable[[str, str, dict[str, Any]], Reply]]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headrace.http.time, "sleep", lambda _: None)
+    monkeypatch.setattr("headrace.http.time.sleep", lambda _: None)
 
 
 def client_of(server: Gateway) -> Client:
