@@ -18,7 +18,11 @@ from trainer.runner.keeper import CLAIM
 
 SCRIPT = """
 import socket, sys
-with socket.create_connection(("127.0.0.1", {port})) as line:
+with socket.create_connection(("127.0.0.1", 3128)) as line:
+    line.sendall(b"CONNECT 127.0.0.1:{port} HTTP/1.1\\r\\n\\r\\n")
+    head = b""
+    while not head.endswith(b"\\r\\n\\r\\n"):
+        head += line.recv(1)
     print("connected", flush=True)
     word = line.recv(10)
 sys.exit(0 if word == b"go" else 5)
@@ -64,10 +68,11 @@ class Meeting:
 
 
 @pytest.fixture
-async def meeting() -> AsyncIterator[Meeting]:
+async def meeting(stack: Any) -> AsyncIterator[Meeting]:
     made = Meeting()
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
+    stack.environment["HEADRACE_TRAINING_EGRESS"] = f"127.0.0.1:{made.port}"
     async with server:
         yield made
 

@@ -46,11 +46,18 @@ open("written-beside-the-code", "w").write("yes")
     venv = environment.pop("VIRTUAL_ENV")
     assert environment.pop("PATH").startswith(f"{venv}/bin:")
     environment.pop("LC_CTYPE", None)
+    proxy = "http://127.0.0.1:3128"
+    assert [environment.pop(name) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")] == [
+        proxy
+    ] * 6
+    assert environment.pop("HEADRACE_PROXY") == proxy
+    assert environment.pop("NO_PROXY") == environment.pop("no_proxy") == "localhost,::1"  # the gateway here is 127.0.0.1
     assert environment == {
         "HOME": "/headrace/home",
         "TMPDIR": "/tmp",
         "LANG": "C.UTF-8",
         "MODE": "fast",
+        "ORT_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": "/headrace/sdk",
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "7",

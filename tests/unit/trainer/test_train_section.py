@@ -104,11 +104,9 @@ def test_what_is_no_section_at_all(text: str) -> None:
     [
         "https://github.com/team/repo",
         "https://git.example.org:8443/team/repo.git",
-        "ssh://git@example.org/team/repo.git",
-        "git@example.org:team/repo.git",
     ],
 )
-def test_git_is_fetched_by_https_and_ssh(url: str) -> None:
+def test_git_is_fetched_by_https(url: str) -> None:
     parse(json.dumps({**GOOD, "source": {"git": {"url": url, "ref": "v1.0"}}}))
 
 
@@ -123,6 +121,14 @@ def test_git_is_fetched_by_https_and_ssh(url: str) -> None:
         "../repo",
         "--upload-pack=id",
         "https://user:password@host/repo",
+        "https://user@host/repo",
+        "https://@host/repo",
+        "https:///repo",
+        "https://host:0/repo",
+        "https://host/" + "x" * 2_000,
+        "https://host/\x07",
+        "ssh://git@example.org/team/repo.git",
+        "git@example.org:team/repo.git",
         "https://host",
         "ssh://-oProxyCommand=id/repo",
         "-oProxyCommand=id@host:repo",

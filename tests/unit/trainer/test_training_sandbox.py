@@ -84,11 +84,24 @@ async def test_a_command_has_no_privileges_and_gets_none(tmp_path: Path) -> None
     assert "NoNewPrivs:\t1" in said
     assert "alive" in said
     assert said.count("denied") >= 1
-    # Not even by a namespace of its own can it undo what is read-only.
-    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    ended, said = await run(tmp_path, *namespace, "mount -o remount,rw,bind /usr && touch /usr/x")
-    assert ended.code != 0
-    assert "x" not in os.listdir("/usr")
+
+
+async def test_a_command_makes_no_further_namespaces_and_cannot_allow_itself_to(tmp_path: Path) -> None:
+    program = """
+cat /proc/sys/user/max_user_namespaces /proc/sys/kernel/shmmni
+echo 10 > /proc/sys/user/max_user_namespaces; echo 10 > /proc/sys/kernel/shmmni
+for one in --user "--user --map-root-user --mount" --mount --net --pid --ipc --uts; do unshare $one true && echo "made $one"; done
+ipcmk --shmem 4096 && echo "made shared memory"
+cat /proc/sys/user/max_user_namespaces /proc/sys/kernel/shmmni
+"""
+    _, said = await run(tmp_path, "sh", "-c", program)
+    assert "made" not in said.replace("made shared", "MADE shared")
+    assert "MADE" not in said
+    lines = said.splitlines()
+    assert lines[:2] == lines[-2:] == ["0", "0"]
+    assert said.count("Read-only file system") == 2
+    assert said.count("unshare failed") == 7
+    assert "ipcmk: create share memory failed" in said
 
 
 async def test_memory_of_all_processes_together_is_limited(tmp_path: Path) -> None:
@@ -98,6 +111,57 @@ async def test_memory_of_all_processes_together_is_limited(tmp_path: Path) -> No
     assert ended.killed.startswith("out of memory: used ")
     assert ended.killed.endswith("of 96.0 MiB")
     assert ended.peak_memory_bytes > 96 * 2**20
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+async def test_files_in_memory_count_though_nobody_has_mapped_them(tmp_path: Path, mapped: bool) -> None:
+    limits = Limits(memory_bytes=96 * 2**20, disk_bytes=2**20, timeout_s=60)
+    program = """
+import mmap, os, sys, time
+file = os.memfd_create("hidden")
+for _ in range(120):
+    os.write(file, bytes(1 << 20))
+if sys.argv[1] == "True":
+    kept = mmap.mmap(file, 120 << 20)
+    sum(kept[n] for n in range(0, 120 << 20, 4096))
+    os.close(file)
+time.sleep(600)
+"""
+    ended, _ = await run(tmp_path, *python(program), str(mapped), limits=limits, visible=sandbox.visible_python(Path(sys.prefix)))
+    assert ended.killed.startswith("out of memory: used ")
+    assert ended.killed.endswith("of 96.0 MiB")
+
+
+async def test_what_processes_share_is_counted_once(tmp_path: Path) -> None:
+    """Four processes that have the same 60 MB, as a file in memory and as pages of their common parent."""
+    limits = Limits(memory_bytes=192 * 2**20, disk_bytes=2**20, timeout_s=60)
+    program = """
+import mmap, os, time
+file = os.memfd_create("shared", 0)
+os.truncate(file, 60_000_000)
+shared = mmap.mmap(file, 60_000_000)
+for n in range(0, 60_000_000, 4096):
+    shared[n] = 1
+block = bytearray(60_000_000)
+children = []
+for _ in range(3):
+    if not (child := os.fork()):
+        sum(shared[n] + block[n] for n in range(0, 60_000_000, 4096))
+        time.sleep(600)
+    children.append(child)
+until = time.monotonic() + 30
+def resident(pid):
+    with open(f"/proc/{pid}/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+while min(map(resident, children)) < 110_000_000:
+    assert time.monotonic() < until
+    time.sleep(0.02)
+time.sleep(0.5)  # long enough for the limit to be looked at
+print("alive")
+"""
+    ended, said = await run(tmp_path, *python(program), limits=limits, visible=sandbox.visible_python(Path(sys.prefix)))
+    assert (ended.code, ended.killed, said) == (0, "", "alive\n")
+    assert 120_000_000 < ended.peak_memory_bytes < limits.memory_bytes
 
 
 async def test_a_disk_that_is_full_is_really_full(tmp_path: Path) -> None:

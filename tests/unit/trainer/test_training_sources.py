@@ -5,16 +5,23 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
+import secrets
 import subprocess
 import tarfile
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from artifacts.memory import MemoryStore
 from servicekit.errors import Invalid, TooLarge
 from trainer.domain.training import Source
 from trainer.ports import Upload
+from trainer.runner.egress import destinations
 from trainer.runner.source import SourceFetcher, unpack
 from trainer.runner.venv import check_lock, lock_key, packages
 
@@ -113,38 +120,153 @@ async def test_an_uploaded_source_is_verified_before_it_is_unpacked(tmp_path: Pa
     assert list((tmp_path / "none").iterdir()) == []
 
 
+class Repository:
+    """A git repository of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = f"file://{folder}"
+        folder.mkdir()
+        self.git("init", "--quiet", "--initial-branch=main")
+
+    def git(self, *words: str) -> str:
+        config = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "protocol.file.allow=always"]
+        ran = subprocess.run(["git", "-C", str(self.folder), *config, *words], check=True, capture_output=True, text=True)
+        return ran.stdout.strip()
+
+    def commit(self, **files: str) -> str:
+        for name, content in files.items():
+            (self.folder / name).write_text(content)
+        self.git("add", "-A")
+        self.git("commit", "--quiet", "-m", "more")
+        return self.git("rev-parse", "HEAD")
+
+
 async def test_git_sources_are_fetched_at_their_ref(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-
-    def git(*words: str) -> str:
-        config = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        return subprocess.run(["git", "-C", str(repository), *config, *words], check=True, capture_output=True, text=True).stdout.strip()
-
-    repository.mkdir()
-    git("init", "--quiet", "--initial-branch=main")
-    (repository / "train.py").write_text("1")
-    (repository / "leak").symlink_to("/etc/passwd")
-    git("add", "-A")
-    git("commit", "--quiet", "-m", "one")
-    first = git("rev-parse", "HEAD")
-    git("tag", "v1")
-    (repository / "train.py").write_text("2")
-    git("commit", "--quiet", "-am", "two")
+    repository = Repository(tmp_path / "repository")
+    (repository.folder / "leak").symlink_to("/etc/passwd")
+    first = repository.commit(**{"train.py": "1"})
+    repository.git("tag", "v1")
+    repository.commit(**{"train.py": "2"})
     fetcher = SourceFetcher(MemoryStore(), 1_000_000, protocols=["file"])
     for ref, content in (("v1", "1"), ("main", "2")):
         folder = tmp_path / ref
         folder.mkdir()
-        commit = await fetcher.fetch(Source(git_url=f"file://{repository}", git_ref=ref), None, folder)
+        commit = await fetcher.fetch(Source(git_url=repository.url, git_ref=ref), None, folder)
         assert (commit == first) == (ref == "v1")
         assert (folder / "train.py").read_text() == content
         assert not (folder / ".git").exists()
     (tmp_path / "missing").mkdir()
     with pytest.raises(Invalid, match="git:"):
-        await fetcher.fetch(Source(git_url=f"file://{repository}", git_ref="nosuch"), None, tmp_path / "missing")
+        await fetcher.fetch(Source(git_url=repository.url, git_ref="nosuch"), None, tmp_path / "missing")
     (tmp_path / "refused").mkdir()
     plain = SourceFetcher(MemoryStore(), 1_000_000)
     with pytest.raises(Invalid, match="not allowed"):
-        await plain.fetch(Source(git_url=f"file://{repository}", git_ref="main"), None, tmp_path / "refused")
+        await plain.fetch(Source(git_url=repository.url, git_ref="main"), None, tmp_path / "refused")
+
+
+async def test_nothing_of_the_machines_git_is_run_and_no_submodule_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filter, a hook or a rewritten address is in many users' configuration, and a repository says which files go through a filter."""
+    inner = Repository(tmp_path / "inner")
+    inner.commit(secret="s3cr3t")
+    repository = Repository(tmp_path / "repository")
+    repository.git("submodule", "--quiet", "add", inner.url, "inner")
+    repository.commit(**{"train.py": "1", ".gitattributes": "* filter=evil\n"})
+    home, ran = tmp_path / "home", tmp_path / "ran"
+    (home / "template" / "hooks").mkdir(parents=True)
+    hook = home / "template" / "hooks" / "post-checkout"
+    hook.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    hook.chmod(0o755)
+    (home / ".gitconfig").write_text(
+        f"""[filter "evil"]\nsmudge = "touch {ran}; cat"\nrequired = true
+[init]\ntemplateDir = {home}/template
+[core]\nfsmonitor = "touch {ran}"
+[submodule]\nrecurse = true
+[url "file://{inner.folder}"]\ninsteadOf = {repository.url}
+"""
+    )
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "core.hooksPath")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", str(home / "template" / "hooks"))
+    (tmp_path / "out").mkdir()
+    await SourceFetcher(MemoryStore(), 1_000_000, protocols=["file"]).fetch(
+        Source(git_url=repository.url, git_ref="main"), None, tmp_path / "out"
+    )
+    assert (tmp_path / "out" / "train.py").read_text() == "1"
+    assert list((tmp_path / "out" / "inner").iterdir()) == []
+    assert not ran.exists()
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """Sends whoever asks to another server, and asks who it is when the path says so."""
+
+    to = ""
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        type(self).asked.append(f"{self.server.server_port} {self.path}")  # type: ignore[attr-defined]  # an HTTPServer
+        self.send_response(401 if "private" in self.path else 302)
+        self.send_header(
+            "WWW-Authenticate" if "private" in self.path else "Location", 'Basic realm="x"' if "private" in self.path else self.to
+        )
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def git_servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+    """The ports of two HTTP servers, the first of which redirects to the second."""
+    made = [ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) for _ in range(2)]
+    monkeypatch.setattr(Redirecting, "to", f"http://127.0.0.1:{made[1].server_port}/stolen")
+    monkeypatch.setattr(Redirecting, "asked", [])
+    for one in made:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+    yield made[0].server_port, made[1].server_port
+    for one in made:
+        one.shutdown()
+        one.server_close()
+
+
+async def test_only_servers_that_the_operator_names_are_asked_and_none_that_they_name(tmp_path: Path, git_servers: tuple[int, int]) -> None:
+    first, second = git_servers
+    fetcher = SourceFetcher(MemoryStore(), 1_000_000, destinations(f"127.0.0.1:{first},example.org:443"), protocols=["https", "http"])
+
+    async def refusal(url: str) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        with pytest.raises(Invalid) as caught:
+            await fetcher.fetch(Source(git_url=url, git_ref="main"), None, folder)
+        assert [name for name in os.listdir(folder) if name != ".git"] == []
+        return str(caught.value)
+
+    for url in (
+        f"http://127.0.0.1:{second}/repo",
+        f"http://localhost:{first}/repo",
+        "https://example.org:8443/repo",
+        "https://10.0.0.1/repo",
+    ):
+        assert "HEADRACE_GIT_HOSTS of the trainer does not name it" in await refusal(url)
+    assert Redirecting.asked == []
+    assert "git:" in await refusal(f"http://127.0.0.1:{first}/repo")
+    assert "git:" in await refusal(f"http://127.0.0.1:{first}/private")  # nobody is asked for a password, which would take for ever
+    assert Redirecting.asked
+    assert {asked.split()[0] for asked in Redirecting.asked} == {str(first)}
+    with pytest.raises(Invalid, match="HEADRACE_GIT_HOSTS"):
+        await SourceFetcher(MemoryStore(), 1_000_000).fetch(Source(git_url="https://example.org/repo", git_ref="main"), None, tmp_path)
+
+
+async def test_a_repository_that_is_too_large_is_not_fetched_to_its_end(tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "repository")
+    repository.commit(large=secrets.token_hex(500_000))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(TooLarge, match="10000 bytes"):
+        await SourceFetcher(MemoryStore(), 1_000, protocols=["file"]).fetch(
+            Source(git_url=repository.url, git_ref="main"), None, tmp_path / "out"
+        )
+    assert sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file()) < 100_000
 
 
 def test_a_lock_with_pinned_hashes_is_taken() -> None:

@@ -124,3 +124,49 @@ def test_everything_wrong_with_a_request_is_told_at_once() -> None:
 )
 def test_sources_that_contradict_themselves(source: Source) -> None:
     assert rules.check_source("source", source)
+
+
+def test_a_source_is_told_apart_from_none_and_a_good_one_has_nothing_wrong() -> None:
+    good = [Source(upload_id="u", commit="abc123", dirty=True, diff="x"), Source(git_url="https://host/r", git_ref="main")]
+    for source in good:
+        assert source
+        assert rules.check_source("source", source) == []
+    assert not Source()
+    assert [problem.field for problem in rules.check_source("source", Source(upload_id="u", diff="x" * (rules.MAX_DIFF + 1)))] == [
+        "source.diff"
+    ]
+    assert [problem.field for problem in rules.check_source("source", Source(upload_id="u", commit="a" * 65))] == ["source.commit"]
+
+
+@pytest.mark.parametrize(
+    ("command", "processes", "fields"),
+    [
+        ((), 1, ["command"]),
+        (("x",) * (rules.MAX_WORDS + 1), 1, ["command"]),
+        (("x", "y" * (rules.MAX_WORD + 1), "\x00"), 1, ["command[1]", "command[2]"]),
+        (("python", "train.py"), 2, []),
+        (("python3", "-m", "train"), 2, []),
+        (("python", "-c", "1"), 2, ["command"]),
+        (("sh", "train.sh"), 2, ["command"]),
+        (("sh", "train.sh"), 1, []),
+    ],
+)
+def test_commands(command: tuple[str, ...], processes: int, fields: list[str]) -> None:
+    assert [problem.field for problem in rules.check_command("command", command, processes)] == fields
+
+
+@pytest.mark.parametrize(
+    ("environment", "fields"),
+    [
+        ({"A": "x" * rules.MAX_WORD, "_b1": ""}, []),
+        ({"A": "x" * (rules.MAX_WORD + 1)}, ["environment.A"]),
+        ({"A": "\x00"}, ["environment.A"]),
+        ({"A-B": ""}, ["environment.A-B"]),
+        ({"A" * 201: ""}, ["environment." + "A" * 50]),
+        ({"HEADRACE_TOKEN": ""}, ["environment.HEADRACE_TOKEN"]),
+        ({"https_proxy": "", "NO_PROXY": "*"}, ["environment.https_proxy", "environment.NO_PROXY"]),
+        ({f"A{number}": "" for number in range(rules.MAX_VARIABLES + 1)}, ["environment"]),
+    ],
+)
+def test_environments(environment: dict[str, str], fields: list[str]) -> None:
+    assert [problem.field for problem in rules.check_environment("environment", environment)] == fields

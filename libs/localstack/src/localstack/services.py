@@ -112,6 +112,10 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
             settings["PUBLIC_URL"] = f"http://{at.gateway}"
             # Like every download it outlives the state of one stack: PyTorch alone takes minutes.
             settings["VENV_DIR"] = str(cache_dir() / "venvs")
+            # What trainings may reach besides the stack is for whoever starts it to say.
+            settings |= {
+                name: os.environ[f"HEADRACE_{name}"] for name in ("TRAINING_EGRESS", "GIT_HOSTS") if f"HEADRACE_{name}" in os.environ
+            }
     return {f"HEADRACE_{name}": value for name, value in settings.items()}
 
 

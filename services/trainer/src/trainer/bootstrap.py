@@ -35,6 +35,7 @@ from trainer.entrypoints.schedules import Schedules
 from trainer.entrypoints.translate import EventEncoder
 from trainer.handlers import Trainer
 from trainer.runner.attempt import Attempt, Options
+from trainer.runner.egress import HTTP, HTTPS, Destination, destination, destination_of, destinations
 from trainer.runner.keeper import Claim
 from trainer.runner.log import Log
 from trainer.runner.source import SourceFetcher
@@ -106,7 +107,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
                 log,
                 trainer=trainer,
                 tracker=GrpcTracker(tracker_pb2_grpc.TrackerServiceStub(channel)),
-                sources=SourceFetcher(objects, settings.max_source_bytes),
+                sources=SourceFetcher(objects, settings.max_source_bytes, destinations(settings.git_hosts, HTTPS)),
                 venvs=Venvs(Path(settings.venv_dir) if settings.venv_dir else _state_dir(settings) / "venvs"),
                 objects=objects,
                 clock=clock,
@@ -115,6 +116,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
                     sdk=_sdk(),
                     run_lease_s=settings.run_lease_s,
                     visible=[Path(path) for path in settings.sandbox_visible.split(":") if path],
+                    egress=_egress(settings),
                 ),
             ),
             queue,
@@ -134,6 +136,12 @@ def _trainer(settings: TrainerSettings, store: SqlStore, objects: ArtifactStore,
         max_source_bytes=settings.max_source_bytes,
         url_ttl_s=_URL_TTL_S,
     )
+
+
+def _egress(settings: TrainerSettings) -> frozenset[Destination]:
+    """What trainings may reach: the gateway, the object store as presigned URLs name it, and what the operator allows."""
+    store = destination(settings.s3_public_endpoint or settings.s3_endpoint, HTTPS if settings.s3_secure else HTTP)
+    return destinations(settings.training_egress) | {destination_of(settings.public_url), store}
 
 
 def _state_dir(settings: TrainerSettings) -> Path:

@@ -277,18 +277,18 @@ class Trainer:
         # One that failed before it had a run has not said that it began.
         training = dataclasses.replace(training, attempt=max(training.attempt, attempt))
         now = self._clock.now()
-        told: tuple[Training, Event]
+        event: Event
         if state == "succeeded":
-            told = training.succeeded(now)
+            training, event = training.succeeded(now)
         elif state == "failed":
-            told = training.failed(now, outcome.reason)
+            training, event = training.failed(now, outcome.reason)
         elif state == "cancelled":
-            told = training.cancelled(now, training.cancelled_by or "an operator")
+            training, event = training.cancelled(now, training.cancelled_by or "an operator")
         else:
             await work.trainings.save(training.waiting(outcome.reason, users_fault=outcome.users_fault))
             return
-        await work.trainings.save(told[0])
-        await work.emit(told[1])
+        await work.trainings.save(training)
+        await work.emit(event)
 
     async def upload_of(self, source: Source) -> Upload | None:
         """The upload that a source names."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from artifacts.settings import PresigningSettings
-from pydantic import Field
+from pydantic import Field, field_validator
+
+from trainer.runner.egress import HTTPS, destination_of, destinations
 
 
 class TrainerSettings(PresigningSettings):
@@ -14,6 +16,15 @@ class TrainerSettings(PresigningSettings):
 
     tracker_address: str = Field(default="127.0.0.1:7001", description="The tracker's gRPC address, `host:port`.")
     public_url: str = Field(default="http://127.0.0.1:8080", description="The gateway's URL, as training scripts reach it.")
+    training_egress: str = Field(
+        default="",
+        description="What training scripts may reach besides the gateway and the object store: `host:port`, separated by commas. Names "
+        "are compared as they are written, before they are resolved; an address in numbers allows that address alone.",
+    )
+    git_hosts: str = Field(
+        default="",
+        description="Servers that sources may be fetched from by git over https: `host` or `host:port`, separated by commas; empty: none.",
+    )
     state_dir: Path = Field(
         default=Path(".headrace/trainer"),
         description="Folder of logs, running attempts and installed packages. One trainer at a time may use it.",
@@ -36,3 +47,21 @@ class TrainerSettings(PresigningSettings):
     )
     job_lease_s: float = Field(default=120, gt=0, description="Seconds after which a job whose trainer is not heard of is run elsewhere.")
     run_lease_s: int = Field(default=60, gt=0, description="Seconds after which the run of a dead attempt is marked failed.")
+
+    @field_validator("training_egress")
+    @classmethod
+    def _names_destinations(cls, value: str) -> str:
+        destinations(value)
+        return value
+
+    @field_validator("git_hosts")
+    @classmethod
+    def _names_servers(cls, value: str) -> str:
+        destinations(value, HTTPS)
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        destination_of(value)
+        return value

@@ -25,12 +25,15 @@ MAX_REASON = 4_000
 MAX_SEED = 2**32 - 1
 """The largest that both numpy's and Python's own seeds take."""
 
-RESERVED = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"})
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+RESERVED = frozenset(
+    {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"}
+    | {spelled for name in _PROXIES for spelled in (name, name.upper())}
+)
 """Variables that the trainer sets, beside all that begin with HEADRACE_."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
-_SCP_LIKE = re.compile(r"[A-Za-z0-9._-]+@([A-Za-z0-9.-]+):(?!/)[^\s]+")
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,254}")
 
 
@@ -231,10 +234,10 @@ def check_source(field: str, source: Source) -> list[Problem]:
 
 
 def check_git(field: str, url: str, ref: str) -> list[Problem]:
-    """What is wrong with a git source. https and ssh only: git's other transports read local files or run commands."""
+    """What is wrong with a git source. https only: git's other transports read local files, run commands, or show the trainer's keys."""
     problems = []
     if not _git_url_is_plain(url):
-        problems.append(Problem(f"{field}.url", "https://host/path, ssh://host/path or user@host:path, without a password"))
+        problems.append(Problem(f"{field}.url", "https://host/path, without a user or a password"))
     if not _REF.fullmatch(ref) or ".." in ref or ref.endswith(".lock"):
         problems.append(Problem(f"{field}.ref", "a branch, tag or commit is needed"))
     return problems
@@ -243,22 +246,13 @@ def check_git(field: str, url: str, ref: str) -> list[Problem]:
 def _git_url_is_plain(url: str) -> bool:
     if len(url) > 2_000 or not url.isprintable() or any(c.isspace() for c in url):
         return False
-    if match := _SCP_LIKE.fullmatch(url):
-        return bool(_HOST.fullmatch(match[1]))
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         return False
-    host = parts.hostname or ""
-    return (
-        parts.scheme in ("https", "ssh")
-        and bool(_HOST.fullmatch(host))
-        and parts.password is None
-        and (parts.username is None or (parts.scheme == "ssh" and bool(re.fullmatch(r"[A-Za-z0-9._-]+", parts.username))))
-        and len(parts.path) > 1
-        and port != 0
-    )
+    plain_host = "@" not in parts.netloc and bool(_HOST.fullmatch(parts.hostname or ""))
+    return parts.scheme == "https" and plain_host and len(parts.path) > 1 and port != 0
 
 
 def check_command(field: str, command: Sequence[str], processes: int) -> list[Problem]:

@@ -24,6 +24,7 @@ from trainer.domain.training import Training
 from trainer.handlers import Outcome, Trainer
 from trainer.ports import NewRun, Sources, StartedRun, Tracker
 from trainer.runner import provenance, sandbox
+from trainer.runner.egress import Destination, Egress
 from trainer.runner.log import Log
 from trainer.runner.sandbox import Command, Ended, Limits
 from trainer.runner.venv import LOCK, MAX_LOCK_BYTES, Venvs, check_lock
@@ -43,12 +44,14 @@ _NO_SPACE = ("No space left on device", "Errno 28", "ENOSPC")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is the same for all attempts. `url` is where the user's code finds Headrace, `sdk` the folder of the `headrace` package."""
+    """What is the same for all attempts. `url` is where the user's code finds Headrace, `sdk` the folder of the `headrace` package,
+    `egress` all that it may reach."""
 
     url: str
     sdk: Path
     run_lease_s: int
     visible: Sequence[Path] = ()
+    egress: frozenset[Destination] = frozenset()
 
 
 class RunEnded(Exception):
@@ -192,6 +195,7 @@ class Attempt:
             "VIRTUAL_ENV": str(venv),
             "PYTHONPATH": SDK,
             "PYTHONUNBUFFERED": "1",
+            "ORT_DISABLE_TELEMETRY": "1",  # else onnxruntime would try, and each training's log show that it was refused
             "PYTHONHASHSEED": str(training.seed),
             "HEADRACE_SEED": str(training.seed),
             "HEADRACE_URL": self._options.url,
@@ -199,7 +203,7 @@ class Attempt:
             "HEADRACE_TOKEN": run.token,
         }
         visible = [*sandbox.visible_python(venv), (self._options.sdk, f"{SDK}/headrace"), *self._options.visible]
-        return Command(words, environment, source=source, visible=visible)
+        return Command(words, environment, source=source, visible=visible, egress=Egress(self._options.egress, self._log.note))
 
     async def _fetch(self, training: Training, folder: Path) -> str:
         await asyncio.to_thread(_empty, folder)  # a fetch that was cut off leaves a part

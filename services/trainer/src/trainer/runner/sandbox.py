@@ -1,8 +1,9 @@
-"""Runs one command in a sandbox of Linux namespaces: it sees the folders that it is given, read-only but for its own limited space, and
-is killed when it uses more memory, time or processes than it may. Needs no root, no daemon and no cgroup.
+"""Runs one command in a sandbox of Linux namespaces: it sees the folders that it is given, read-only but for its own limited space, has a
+network with nothing in it but a way to what it may reach, and is killed when it uses more memory, time or processes than it may. Needs
+no root, no daemon and no cgroup.
 
-The memory of all its processes is polled, since an ordinary user has no cgroups. When this process dies, however it dies, everything in
-the sandbox dies with it (PR_SET_PDEATHSIG).
+The memory of all its processes is polled, since an ordinary user has no cgroups (memory.py). When this process dies, however it dies,
+everything in the sandbox dies with it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,10 @@ from typing import Any
 import psutil
 from servicekit.errors import Invalid
 
+from trainer.runner import memory
 from trainer.runner.child import Child
+from trainer.runner.egress import PORT, Egress, Proxy
+from trainer.runner.egress import environment as egress_environment
 from trainer.runner.sandbox_init import HOME, SOURCE, WORK
 
 POLL_S = 0.1
@@ -31,7 +36,7 @@ _GONE_S = 30.0
 BASE_PYTHON: str = sys._base_executable  # type: ignore[attr-defined]  # CPython has it
 _INIT = Path(__file__).with_name("sandbox_init.py")
 
-SYSTEM = ("/usr", "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/localtime")
+SYSTEM = ("/usr", "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/nsswitch.conf", "/etc/localtime")
 """What of the system a command sees, besides the dynamic linker's files; what is not there is left out."""
 
 _LINKER = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
@@ -41,7 +46,7 @@ _GPUS = ("/dev/nvidia", "/dev/dri", "/dev/kfd")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a command may use: resident memory of all its processes together, space for files, seconds."""
+    """What a command may use: memory of all its processes together, space for files, seconds."""
 
     memory_bytes: int
     disk_bytes: int
@@ -53,7 +58,8 @@ class Command:
     """What to run. It starts in WORK, into which `source` (if any) is copied; `source` itself is seen read-only at SOURCE.
 
     `visible` are files and folders seen read-only at their own paths or, as (path, place), elsewhere; `writable` ones may be changed.
-    The environment is all that it gets, but for HOME and TMPDIR.
+    The environment is all that it gets, but for HOME and TMPDIR, and the proxy's variables when it has an `egress`. Without one it
+    reaches nothing but itself.
     """
 
     words: Sequence[str]
@@ -61,6 +67,7 @@ class Command:
     source: Path | None = None
     visible: Sequence[Path | tuple[Path, str]] = ()
     writable: Sequence[Path] = ()
+    egress: Egress | None = None
 
 
 @dataclass(slots=True)
@@ -95,13 +102,18 @@ async def run(command: Command, limits: Limits, folder: Path, output: Callable[[
     spec_file = folder / "sandbox.json"
     spec_file.write_text(json.dumps(_spec(command, limits, root)))
     result, result_end = os.pipe()
+    line, line_end = socket.socketpair()
     try:
-        words = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "--"]
+        words = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child", "--"]
         words += [BASE_PYTHON, "-I", "-S", str(_INIT), str(spec_file), str(result_end)]
-        child = Child(words, environment={"PATH": os.environ.get("PATH", os.defpath)}, pass_fds=(result_end,))
+        words += [str(line_end.fileno())] if command.egress is not None else []
+        passed = (result_end,) if command.egress is None else (result_end, line_end.fileno())
+        child = Child(words, environment={"PATH": os.environ.get("PATH", os.defpath)}, pass_fds=passed)
         os.close(result_end)
         result_end = -1
+        line_end.close()
         watch = _Watch()
+        leading = asyncio.create_task(_lead_out(line, command.egress), name="sandbox egress")
         watching = asyncio.create_task(_watch(child, limits, watch), name="sandbox watch")
         draining = asyncio.create_task(child.drain(output), name="sandbox output")
         try:
@@ -109,15 +121,18 @@ async def run(command: Command, limits: Limits, folder: Path, output: Callable[[
             await child.wait()
         finally:
             watching.cancel()
+            leading.cancel()
             child.kill()
             # The end of the output is the end of the last process that could write to it, and all of them can.
             await asyncio.wait({watching, draining}, timeout=_GONE_S)
             draining.cancel()
-            await asyncio.gather(draining, return_exceptions=True)
+            await asyncio.gather(draining, leading, return_exceptions=True)
             await child.end()
         return _ended(await asyncio.to_thread(os.read, result, 65_536), watch)
     finally:
         os.close(result)
+        line.close()
+        line_end.close()
         if result_end >= 0:
             os.close(result_end)
 
@@ -129,6 +144,29 @@ async def check() -> None:
         ended = await run(Command(["/bin/true"], {}), Limits(2**30, 2**20, 60), Path(folder), said.extend)
     if ended.code != 0:
         raise Invalid(f"this machine cannot run training in a sandbox: {ended.error or said.decode(errors='replace').strip() or ended}")
+
+
+async def _lead_out(line: socket.socket, egress: Egress | None) -> None:
+    """Serves the proxy on the socket that comes out of the sandbox through `line`, until it is cancelled."""
+    if egress is None:
+        return
+    line.setblocking(False)
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(line.fileno(), readable.set)
+    try:
+        await readable.wait()
+        _, descriptors, _, _ = socket.recv_fds(line, 16, 1)
+    finally:
+        loop.remove_reader(line.fileno())
+    if not descriptors:
+        return  # the sandbox could not be made, and says why itself
+    proxy = Proxy(socket.socket(fileno=descriptors[0]), egress)
+    try:
+        await proxy.start()
+        await asyncio.Event().wait()
+    finally:
+        await proxy.stop()
 
 
 def visible_python(prefix: Path) -> list[Path | tuple[Path, str]]:
@@ -161,15 +199,26 @@ def _spec(command: Command, limits: Limits, root: Path) -> dict[str, Any]:
         "root": str(root),
         "binds": binds,
         "links": links,
-        "files": {"/etc/passwd": f"user:x:0:0::{HOME}:/bin/sh\n", "/etc/group": "user:x:0:\n"},
+        "files": {
+            "/etc/passwd": f"user:x:0:0::{HOME}:/bin/sh\n",
+            "/etc/group": "user:x:0:\n",
+            # Processes that find one another by the machine's name must find themselves; all other names are resolved by the proxy.
+            "/etc/hosts": f"127.0.0.1 localhost {socket.gethostname()}\n::1 localhost\n",
+        },
         "devices": sorted(f"/dev/{name}" for name in os.listdir("/dev") if f"/dev/{name}".startswith(_GPUS)),
         "space_bytes": space,
         "copies_source": command.source is not None,
         "folder": WORK,
         "command": list(command.words),
-        "environment": {**command.environment, "HOME": HOME, "TMPDIR": "/tmp"},  # noqa: S108 - its own /tmp, in the sandbox
+        "proxy_port": PORT,
+        "environment": {**_proxy_environment(command), "HOME": HOME, "TMPDIR": "/tmp"},  # noqa: S108 - its own /tmp, in the sandbox
         "limits": {"CORE": 0, "NOFILE": 65_536, "NPROC": 2 * MAX_PROCESSES},
     }
+
+
+def _proxy_environment(command: Command) -> dict[str, str]:
+    given = dict(command.environment)
+    return given if command.egress is None else {**given, **egress_environment(command.egress.allowed)}
 
 
 def _size(folder: Path) -> int:
@@ -190,7 +239,7 @@ async def _watch(child: Child, limits: Limits, watch: _Watch) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limits.timeout_s
     while True:
-        used, count = _used(child.pid, watch)
+        used, count = await asyncio.to_thread(_used, child.pid, watch, limits.memory_bytes)
         watch.peak = max(watch.peak, used)
         if used > limits.memory_bytes:
             watch.killed = f"out of memory: used {human(used)} of {human(limits.memory_bytes)}"
@@ -204,8 +253,8 @@ async def _watch(child: Child, limits: Limits, watch: _Watch) -> None:
         await asyncio.sleep(POLL_S)
 
 
-def _used(pid: int, watch: _Watch) -> tuple[int, int]:
-    """Resident bytes and number of the command's processes; those of the sandbox itself do not count."""
+def _used(pid: int, watch: _Watch, limit: int) -> tuple[int, int]:
+    """Bytes in memory and number of the command's processes; those of the sandbox itself do not count. Blocks."""
     try:
         if watch.init is None:
             watch.init = next(iter(psutil.Process(pid).children()), None)
@@ -213,11 +262,7 @@ def _used(pid: int, watch: _Watch) -> tuple[int, int]:
         processes = watch.init.children(recursive=True)
     except psutil.Error:
         return 0, 0
-    used = 0
-    for process in processes:
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            used += process.memory_info().rss
-    return used, len(processes)
+    return memory.used([process.pid for process in processes], limit), len(processes)
 
 
 def _ended(result: bytes, watch: _Watch) -> Ended:

@@ -1,20 +1,24 @@
 """The first process inside a sandbox: builds a root of its own, locks itself out of everything else, and runs one command in it.
 
-Started as `unshare --user --map-root-user --mount --pid --fork --kill-child python -I -S sandbox_init.py SPEC RESULT_FD`. It uses the
-standard library alone, because what it runs as must not depend on anybody's environment. The root holds only what SPEC (JSON, see
-`Spec` in sandbox.py) names. It goes on as process 1 of the namespace: it reaps, and when the command ends nothing else survives.
+Started in new namespaces (see `run` in sandbox.py) as `python -I -S sandbox_init.py SPEC RESULT_FD [LISTENER_FD]`. It uses the standard
+library alone, because what it runs as must not depend on anybody's environment. The root holds only what SPEC (JSON, see
+`_spec` in sandbox.py) names. It goes on as process 1 of the namespace: it reaps, and when the command ends nothing else survives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import platform
 import resource
 import shutil
 import signal
+import socket
+import struct
 import sys
 from typing import Any, NoReturn
 
@@ -28,6 +32,7 @@ PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 SYS_MOUNT_SETATTR = 442  # the same on every architecture
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 LAST_CAPABILITY = 63
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 
 WORK, HOME, SOURCE = "/headrace/work", "/headrace/home", "/headrace/source"
 """Where a command starts and may write, its home, and the source as it was given, read-only. Named so that no path of the outside that
@@ -74,6 +79,24 @@ def bind(source: str, target: str, *, writable: bool, devices: bool = False) -> 
     path = os.fsencode(target)
     result = libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, path, AT_RECURSIVE, ctypes.byref(attributes), ctypes.sizeof(attributes))
     check(result, f"protect {target} (needs Linux 5.12 or newer)")
+
+
+def open_loopback(spec: dict[str, Any], way_out: int | None) -> None:
+    """Brings the loopback of this network up, all that there is in it, and hands a socket that listens on it through `way_out`: whoever
+    has that serves here without being here."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    if way_out is not None:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener, socket.socket(fileno=way_out) as line:
+            listener.bind(("127.0.0.1", spec["proxy_port"]))
+            listener.listen(128)
+            socket.send_fds(line, [b"listener"], [listener.fileno()])
+
+
+def forbid(name: str) -> None:
+    """Sets a limit of these namespaces to 0."""
+    with open(f"/proc/sys/{name}", "w") as file:
+        file.write("0")
 
 
 def build_root(spec: dict[str, Any]) -> None:
@@ -170,12 +193,19 @@ def reap(pid: int) -> int:
 
 def main() -> None:
     spec_file, result_fd = sys.argv[1], int(sys.argv[2])
+    way_out = int(sys.argv[3]) if len(sys.argv) > 3 else None
     os.set_inheritable(result_fd, False)
     with open(spec_file) as file:
         spec = json.load(file)
     result: dict[str, Any] = {}
     try:
+        open_loopback(spec, way_out)
         build_root(spec)
+        # In further namespaces it would have capabilities again, and with them file systems that nobody limits.
+        forbid("user/max_user_namespaces")
+        with contextlib.suppress(PermissionError):  # nobody but the machine's root may before Linux 5.19
+            forbid("kernel/shmmni")  # shared memory of System V is counted nowhere
+        bind("/proc/sys", "/proc/sys", writable=False)  # some limits are their owner's to raise again, without any capability
         copy_source(SOURCE) if spec["copies_source"] else None
         status = reap(start(spec))
         result["code"] = os.waitstatus_to_exitcode(status)

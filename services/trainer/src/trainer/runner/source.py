@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 from artifacts import ArtifactStore
 from servicekit.errors import Invalid, TooLarge, Unavailable
@@ -16,23 +18,31 @@ from servicekit.errors import Invalid, TooLarge, Unavailable
 from trainer.domain.training import Source
 from trainer.ports import Upload
 from trainer.runner.child import output_of
+from trainer.runner.egress import HTTP, HTTPS, Destination, destination
 
+SETTING = "HEADRACE_GIT_HOSTS"
 MAX_FILES = 50_000
 _GIT_S = 600.0
 _CHUNK = 1 << 20
+_INHERITED = ("PATH", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "GIT_SSL_CAINFO", "GIT_SSL_CAPATH", "SSL_CERT_FILE")
 
 # What git says when the server, not the request, is at fault.
 _PASSING = ("Could not resolve host", "Connection", "timed out", "Operation too slow", "early EOF", "error: 5", "unable to access")
-_LASTING = ("Authentication failed", "not found", "403", "404", "could not read Username", "Permission denied")
+_TOO_LARGE = (f"died of signal {signal.SIGXFSZ}", "File too large")
+_LASTING = ("error: 30", "Authentication failed", "not found", "403", "404", "could not read Username", "Permission denied")
 
 
 class SourceFetcher:
     """Implements `ports.Sources`."""
 
-    def __init__(self, objects: ArtifactStore, max_bytes: int, protocols: Sequence[str] = ("https", "ssh")) -> None:
-        """`max_bytes` is what a source may have, packed as well as unpacked ten times as much. `protocols` are those of git."""
+    def __init__(
+        self, objects: ArtifactStore, max_bytes: int, git_hosts: Container[Destination] = (), protocols: Sequence[str] = ("https",)
+    ) -> None:
+        """`max_bytes` is what a source may have, packed as well as unpacked ten times as much. `git_hosts` are the servers that git may
+        ask, by `protocols`, of which `file` asks none."""
         self._objects = objects
         self._max_bytes = max_bytes
+        self._git_hosts = git_hosts
         self._protocols = tuple(protocols)
 
     async def fetch(self, source: Source, upload: Upload | None, folder: Path) -> str:
@@ -49,8 +59,9 @@ class SourceFetcher:
         return source.commit
 
     async def _clone(self, url: str, ref: str, folder: Path) -> str:
-        await self._git(folder, "init", "--quiet")
-        # A server may offer anything: no hook, no submodule, no other protocol, nothing asked of a user.
+        self._check_allowed(url)
+        await self._git(folder, "init", "--quiet", "--template=")
+        # A server may offer anything: no hook, no submodule, no filter, no other protocol or server, nothing asked of a user.
         await self._git(folder, "fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, ref)
         await self._git(folder, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--no-recurse-submodules", "FETCH_HEAD")
         commit = await self._git(folder, "rev-parse", "HEAD")
@@ -58,24 +69,46 @@ class SourceFetcher:
         await asyncio.to_thread(_check_size, folder, self._max_bytes * 10)
         return commit
 
+    def _check_allowed(self, url: str) -> None:
+        """Raises Invalid for a URL of another protocol, or of a server that the operator has not named."""
+        parts = urlsplit(url)
+        if parts.scheme not in self._protocols:
+            raise Invalid(f"git sources are fetched by {', '.join(self._protocols)}, not from {url!r}: not allowed")
+        if parts.scheme == "file":
+            return
+        try:
+            server = destination(parts.netloc.rpartition("@")[2], HTTPS if parts.scheme == "https" else HTTP)
+        except ValueError as exc:
+            raise Invalid(f"git: {exc}") from None
+        if server not in self._git_hosts:
+            raise Invalid(f"git sources from {server} are not allowed: {SETTING} of the trainer does not name it")
+
     async def _git(self, folder: Path, *words: str) -> str:
         options = ["protocol.allow=never", "core.hooksPath=/dev/null", "core.symlinks=true", "core.fsmonitor=false", "gc.auto=0"]
+        options += ["http.followRedirects=false", "submodule.recurse=false", "core.attributesFile=/dev/null", "credential.helper="]
         options += [f"protocol.{name}.allow=always" for name in self._protocols]
         environment = {
-            **{name: os.environ[name] for name in ("PATH", "HOME", "SSH_AUTH_SOCK", "https_proxy", "HTTPS_PROXY") if name in os.environ},
+            **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+            # No configuration of the machine or the user: a filter, a helper or a credential there is not for whoever trains.
+            "HOME": str(folder),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_ASKPASS": "/bin/true",
-            "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oStrictHostKeyChecking=accept-new",
             "GIT_ALLOW_PROTOCOL": ":".join(self._protocols),
             "GIT_LFS_SKIP_SMUDGE": "1",
         }
         configured = [word for option in options for word in ("-c", option)]
         try:
-            code, said = await output_of(["git", *configured, *words], environment, _GIT_S, folder)
+            # A pack may be as large as its server likes; a larger file than this ends git.
+            limited = ["prlimit", f"--fsize={self._max_bytes * 10}", "--"]
+            code, said = await output_of([*limited, "git", *configured, *words], environment, _GIT_S, folder)
         except TimeoutError:
             raise Unavailable(f"git did not end within {_GIT_S:g} s") from None
         if code != 0:
             text = said.strip()[-500:]
+            if -code == signal.SIGXFSZ or any(sign in text for sign in _TOO_LARGE):
+                raise TooLarge(f"the repository has a file or a pack of more than {self._max_bytes * 10} bytes")
             if any(sign in text for sign in _PASSING) and not any(sign in text for sign in _LASTING):
                 raise Unavailable(f"git: {text}")
             raise Invalid(f"git: {text}")
