@@ -30,7 +30,7 @@ class Source(_message.Message):
     DIRTY_FIELD_NUMBER: _builtins.int
     DIFF_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
-    """One of the two: an uploaded folder, or a git repository (https or ssh only)."""
+    """One of the two: an uploaded folder, or a git repository (https only, on a server that the trainer allows)."""
     git_url: _builtins.str
     git_ref: _builtins.str
     commit: _builtins.str
