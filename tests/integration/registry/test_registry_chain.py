@@ -72,6 +72,7 @@ async def test_completion_archives_the_champion_before_and_reverting_brings_it_b
         (deployer_pb.END_CAUSE_INTERFERENCE, "Staging", "interference"),
         (deployer_pb.END_CAUSE_ARTIFACT, "Staging", "artifact"),
         (deployer_pb.END_CAUSE_SUPERSEDED, "Staging", "superseded"),
+        (deployer_pb.END_CAUSE_BREACH, "Staging", "the endpoint as a whole was bad"),
     ],
 )
 async def test_how_a_rollout_ended_decides_where_the_version_stands(registry: Any, cause: int, stage: str, words: str) -> None:
@@ -82,6 +83,27 @@ async def test_how_a_rollout_ended_decides_where_the_version_stands(registry: An
     registry.deploys("deploy.rolled_back", ended)
     await registry.wait_version(1, stage, words)
     assert [one.type for one in registry.told() if one.type == "model.archived"] == (["model.archived"] if stage == "Archived" else [])
+
+
+async def test_a_version_that_the_live_one_supersedes_is_evaluated_again(registry: Any) -> None:
+    await registry.apply()
+    await registry.live("r1", 1)
+    registry.passes("r2", champion=1)
+    registry.passes("r3", champion=1)
+    await registry.wait_version(3, "Staging", "rolling out")
+    registry.deploys("deploy.completed", deployer_pb.DeployCompleted(rollout=await registry.rollout(2)))
+    registry.deploys("deploy.superseded", deployer_pb.DeploySuperseded(rollout=await registry.rollout(3), by_version=2))
+    await registry.wait_version(3, "Staging", "judged against version 1, but the champion is version 2: evaluated again")
+    assert [one.type for one in registry.told()].count("model.reevaluation_requested") == 1
+
+
+async def test_an_alarm_stands_with_the_version_in_production(registry: Any) -> None:
+    await registry.apply()
+    await registry.live("r1", 1)
+    alarm = deployer_pb.DeployAlarmed(rollout=await registry.rollout(1), reason="error: bad are 9.0% of 400", revertible=False)
+    registry.deploys("deploy.alarmed", alarm)
+    alarmed = await registry.wait_version(1, "Production", "in production, with an alarm: error: bad are 9.0% of 400")
+    assert list(alarmed.aliases) == ["champion"]
 
 
 async def test_superseded_goes_back_to_staging(registry: Any) -> None:
