@@ -6,10 +6,12 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from headrace.config import Connection
+from headrace.datasets import DatasetVersion, pull_dataset, push_dataset
 from headrace.http import Client, Denied, HeadraceError, InvalidInput, Unreachable
 from headrace.runs import Run, start_run
 
@@ -180,3 +182,27 @@ def test_points_that_could_not_be_sent_are_sent_later(gateway: MakeGateway) -> N
     down.clear()
     run.finish()
     assert server.bodies("/api/v1/runs/r1/log-batch")[-1]["metrics"][0]["value"] == 2.0
+
+
+def test_a_holdout_is_pushed_as_one_and_a_training_is_told_why_it_gets_none(gateway: Any, tmp_path: Path) -> None:
+    reason = "exam version 1 is a holdout: models are judged on it, so no run may read it"
+
+    def answer(method: str, path: str, body: dict[str, Any]) -> Reply:
+        if path.startswith("/api/v1/datasets/exam/download"):
+            return 403, {"error": {"code": "FORBIDDEN", "message": reason}}
+        if path.endswith("/uploads"):
+            return 200, {"upload_id": "u1", "complete": True}
+        if path.startswith("/api/v1/uploads/"):
+            return 200, {"object": {}}
+        return 200, {"dataset": {"ref": {"name": "exam", "version": 1, "sha256": "a" * 64}, "holdout": body.get("holdout", True)}}
+
+    server = gateway(answer)
+    file = tmp_path / "april.csv"
+    file.write_text("x\n1\n")
+    with client_of(server) as client:
+        assert push_dataset("exam", file, holdout=True, client=client) == DatasetVersion("exam", 1, "a" * 64, holdout=True)
+        assert not push_dataset("exam", file, client=client).holdout
+        assert [body["holdout"] for body in server.bodies("/api/v1/datasets/exam/versions")] == [True, False]
+        with pytest.raises(Denied, match=reason):
+            pull_dataset("exam", tmp_path / "stolen.csv", client=client)
+    assert not (tmp_path / "stolen.csv").exists()
