@@ -184,6 +184,12 @@ def test_points_that_could_not_be_sent_are_sent_later(gateway: MakeGateway) -> N
     assert server.bodies("/api/v1/runs/r1/log-batch")[-1]["metrics"][0]["value"] == 2.0
 
 
+def test_an_error_that_is_not_the_callers_fault_names_its_id(gateway: Any) -> None:
+    told = {"error": {"code": "INTERNAL", "message": "internal error", "error_id": "0a1b"}}
+    with client_of(gateway(lambda *_: (500, told))) as client, pytest.raises(HeadraceError, match=r"internal error \(error 0a1b\)"):
+        client.post("/api/v1/runs", {})
+
+
 def test_a_holdout_is_pushed_as_one_and_a_training_is_told_why_it_gets_none(gateway: Any, tmp_path: Path) -> None:
     reason = "exam version 1 is a holdout: models are judged on it, so no run may read it"
 

@@ -152,6 +152,8 @@ def _raise(answer: httpx.Response) -> None:
             error = {"message": error}
         message, code = str(error.get("message", "")), str(error.get("code", ""))
         violations = tuple(error.get("violations", ()))
+        if (error_id := str(error.get("error_id", ""))) not in message:  # by which an operator finds the rest in the log
+            message += f" (error {error_id})"
     except (ValueError, KeyError, TypeError, AttributeError):
         message, code, violations = answer.text[:300] or answer.reason_phrase, "", ()
     if answer.status_code in (401, 403):
