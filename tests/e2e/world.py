@@ -96,6 +96,9 @@ def model_bytes(weights: tuple[float, float], *, breaks: bool = False, seed: int
     return bytes(model.SerializeToString())
 
 
+HEARD = {"completed": ("Production", "Archived"), "rolled_back": ("Archived",)}
+"""Stages of a version whose rollout has ended so, once the registry has heard it, an event after the deployer has said it."""
+
 GOOD, WEAK, NOISE = (1.0, 0.5), (1.0, -0.4), (0.05, -1.0)
 
 
@@ -228,7 +231,7 @@ class World:
         return dict(found[0]) if found else {"state": "waiting"}
 
     def arrives(self, run_id: str, state: str, seconds: float = 90.0) -> dict[str, Any]:
-        """Waits until a run's journey is in this state; fails at once when it has ended in another."""
+        """Waits until a run's journey is in this state, and the registry knows; fails at once when it has ended in another."""
         ends = {"completed", "failed", "skipped", "rolled_back", "superseded", "rejected", "archived"}
         deadline = time.monotonic() + seconds
         while True:
@@ -236,9 +239,9 @@ class World:
                 journey = self.journey(run_id)
             except HeadraceError as error:  # a service may be away for a moment
                 journey = {"state": f"unknown: {error}"}
-            if journey["state"] == state:
+            if journey["state"] == state and journey.get("stage") in HEARD.get(state, (journey.get("stage"),)):
                 return journey
-            assert journey["state"] not in ends, f"it ended as {journey}"
+            assert journey["state"] not in ends - {state}, f"it ended as {journey}"
             assert time.monotonic() < deadline, f"after {seconds:.0f} s it is {journey}"
             time.sleep(0.05)
 
