@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 ARGS ?=
+COVERAGE ?=
 KILLS ?= 1000
 
 .PHONY: help
@@ -18,8 +19,8 @@ demo: setup ## start everything and take real flight data through the whole chai
 	@$(PY) -m scripts.demo $(ARGS)
 
 .PHONY: test
-test: setup ## every test, on real servers; parts with ARGS="-m unit"
-	@$(PY) -m pytest $(ARGS)
+test: setup ## every test, on real servers; parts with ARGS="-m unit"; with COVERAGE=1 what `make coverage` asks, too
+	@$(if $(COVERAGE),scripts/coverage --all,$(PY) -m pytest) $(ARGS)
 
 .PHONY: check
 check: setup ## what CI runs first: format, lint, types, import rules, contracts, generated files
