@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tracker.domain import artifact as artifacts
 from tracker.domain.errors import Rejected
-from tracker.domain.model import Signature, TensorSpec, check_samples, check_signature
+from tracker.domain.model import MAX_TENSORS, Signature, TensorSpec, check_samples, check_signature
 
 SIGNATURE = Signature(
     inputs=(TensorSpec("carrier", "BYTES", (-1, 1)), TensorSpec("distance", "FP32", (-1, 2))),
@@ -90,6 +90,27 @@ def test_what_is_wrong_with_a_signature_is_told_at_once() -> None:
         "signature.inputs[1].shape",
         "signature.outputs",
     ]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 251, "nul\x00"])
+def test_a_tensor_needs_a_name(name: str) -> None:
+    output = (TensorSpec("y", "FP32", (-1,)),)
+    problems = check_signature(Signature((TensorSpec(name, "FP32", (-1,)),), output))
+    assert [problem.field for problem in problems] == ["signature.inputs[0].name"]
+
+
+def test_too_many_tensors_are_told_once() -> None:
+    many = tuple(TensorSpec("same", "none", ()) for _ in range(MAX_TENSORS + 1))
+    problems = check_signature(Signature((TensorSpec("x", "FP32", (-1,)),), many))
+    assert [(problem.field, problem.message) for problem in problems] == [("signature.outputs", f"at most {MAX_TENSORS} tensors")]
+
+
+def test_a_value_has_the_length_that_its_shape_says() -> None:
+    pairs = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1,)),))
+    assert check_samples(json.dumps({"inputs": {"x": [[1, 2]]}, "outputs": {"y": [1]}}).encode(), pairs) == 1
+    with pytest.raises(Rejected) as caught:
+        check_samples(json.dumps({"inputs": {"x": [[1, 2, 3]]}, "outputs": {"y": [1]}}).encode(), pairs)
+    assert [problem.message for problem in caught.value.problems] == ["3 values where the shape says 2"]
 
 
 @settings(deadline=None)  # a machine may be busy
