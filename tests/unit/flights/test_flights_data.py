@@ -193,6 +193,16 @@ def test_the_source_is_one_archive_of_the_same_bytes_each_time(data: ModuleType,
     assert zipfile.ZipFile(tmp_path / "a.zip").namelist() == ["flights.csv.zip", "weather.csv"]
 
 
+def test_what_trainings_read_is_without_the_holdout(data: ModuleType, archive: Any, tmp_path: Path) -> None:
+    source = archive([flight(month=3), flight(), flight(month=5)], [weather()])
+    for name in ("a.zip", "b.zip"):
+        data.write_training(source, tmp_path / name)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    assert len(data.load(tmp_path / "a.zip", [3, 5])) == 2
+    with pytest.raises(ValueError, match=r"a\.zip has no flights of months \[4\]: that is the holdout"):
+        data.load(tmp_path / "a.zip", [3, 4])
+
+
 def test_tensors_are_as_the_signature_says(data: ModuleType, example: Any, archive: Any) -> None:
     features = example("features")
     tensors = features.tensors(data.load(archive([flight(), flight()], [weather()]), [4]))

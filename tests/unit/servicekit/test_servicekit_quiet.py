@@ -49,4 +49,4 @@ def test_every_service_says_so_before_grpc_is_imported(service: str) -> None:
 
 def test_a_fork_is_not_told_unless_asked_for() -> None:
     assert ran(FORKS).stderr == ""
-    assert "fork" in ran(FORKS, GRPC_VERBOSITY="INFO").stderr
+    assert "fork" in ran(FORKS, GRPC_VERBOSITY="INFO", GRPC_ENABLE_FORK_SUPPORT="1").stderr
