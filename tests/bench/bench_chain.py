@@ -128,7 +128,7 @@ async def _pass(world: World, system: Stack, events: _Events, callers: _Callers,
     version = registry_events.ModelPromoted.FromString(promoted.payload).version.version
     answered = await callers.first(version)
     rollout = (await asyncio.to_thread(world.journey, run))["rollout_id"]
-    told = await asyncio.to_thread(world.client.get, f"/api/v1/rollouts/{rollout}/explain")
+    told = await asyncio.to_thread(world.client.get, f"/api/v1/rollouts/{rollout}/explain", page_size=1000)
     moves = {decision["to_state"]: _time(decision["at"]) for decision in reversed(told["decisions"])}
     await asyncio.to_thread(_take_back, world, rollout)
     async with _connected(system) as database:

@@ -236,6 +236,12 @@ async def check_calls(process: Process) -> None:
         assert rest.next_page_token == ""
         rollout_id = rest.rollouts[0].ref.rollout_id
         explained = await stub.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id))
+        few = await stub.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id, page_size=2))
+        further = await stub.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id, page_token=few.next_page_token))
+        assert [*few.decisions, *further.decisions] == list(explained.decisions)
+        assert (len(few.decisions), further.next_page_token) == (2, "")
+        with pytest.raises(Invalid, match="not a page token"):
+            await stub.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id, page_token="x"))
         assert explained.decisions[0].to_state == "waiting"
         assert explained.decisions[-1].to_state == "completed"
         windows = [json.loads(row.evidence_json) for row in explained.decisions if row.evidence_json]

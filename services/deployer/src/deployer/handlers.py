@@ -263,9 +263,9 @@ class Deployer:
         """Newest first."""
         return await self._store.rollouts(endpoint, limit, before)
 
-    async def explain(self, rollout_id: str) -> tuple[RolloutRecord, list[Decision]]:
-        """A rollout and its whole decision log. Raises NotFound."""
-        return await self.rollout(rollout_id), await self._store.decisions(rollout_id)
+    async def explain(self, rollout_id: str, after: int, limit: int) -> tuple[RolloutRecord, list[Decision]]:
+        """A rollout, and its decision log as the store gives it. Raises NotFound."""
+        return await self.rollout(rollout_id), await self._store.decisions(rollout_id, after, limit)
 
     async def endpoint(self, name: str) -> EndpointRecord:
         """Raises NotFound."""

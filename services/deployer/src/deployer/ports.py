@@ -256,8 +256,8 @@ class Store(Protocol):
 
     async def find_rollout(self, rollout_id: str) -> RolloutRecord | None: ...
 
-    async def decisions(self, rollout_id: str) -> list[Decision]:
-        """The whole log of a rollout, oldest first."""
+    async def decisions(self, rollout_id: str, after: int, limit: int) -> list[Decision]:
+        """The log of a rollout, oldest first, from behind the decision of this sequence number (0: from the beginning)."""
         ...
 
     async def endpoints(self, name: str = "") -> list[EndpointRecord]:

@@ -91,7 +91,11 @@ def explain(
 ) -> None:
     """Every decision of a rollout, and why it was taken."""
     with Client() as client:
-        answer = client.get(f"/api/v1/rollouts/{_find(client, which)}/explain")
+        path, page = f"/api/v1/rollouts/{_find(client, which)}/explain", {"page_size": 1000}
+        answer = client.get(path, **page)
+        while token := answer.pop("next_page_token", ""):
+            further = client.get(path, **page, page_token=token)
+            answer = {**further, "decisions": answer["decisions"] + further["decisions"]}
     if json:
         print_json(answer)
         return

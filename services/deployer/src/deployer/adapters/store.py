@@ -305,10 +305,11 @@ class SqlStore:
         found = await self._select(_rollouts().where(t.rollout.c.id == rollout_id))
         return found[0] if found else None
 
-    async def decisions(self, rollout_id: str) -> list[Decision]:
+    async def decisions(self, rollout_id: str, after: int, limit: int) -> list[Decision]:
         d = t.decision.c
+        wanted = select(t.decision).where(d.rollout_id == rollout_id, d.sequence > after).order_by(d.sequence).limit(limit)
         async with self._read() as conn:
-            rows = await conn.execute(select(t.decision).where(d.rollout_id == rollout_id).order_by(d.sequence))
+            rows = await conn.execute(wanted)
             return [Decision(row.sequence, row.at, row.from_state, row.to_state, row.reason, row.evidence) for row in rows]
 
     async def endpoints(self, name: str = "") -> list[EndpointRecord]:

@@ -64,8 +64,12 @@ class DeployerServicer(service_pb2_grpc.DeployerServiceServicer):
         return pb.ListRolloutsResponse(rollouts=[translate.rollout(record) for record in page], next_page_token=token)
 
     async def ExplainRollout(self, request: pb.ExplainRolloutRequest, context: Context) -> pb.ExplainRolloutResponse:
-        record, log = await self._deployer.explain(_id(request.rollout_id))
-        return pb.ExplainRolloutResponse(rollout=translate.rollout(record), decisions=[translate.decision(row) for row in log])
+        size = page_size(request.page_size)
+        record, found = await self._deployer.explain(_id(request.rollout_id), _sequence(request.page_token), size + 1)
+        page = found[:size]
+        token = str(page[-1].sequence) if len(found) > size else ""
+        decisions = [translate.decision(row) for row in page]
+        return pb.ExplainRolloutResponse(rollout=translate.rollout(record), decisions=decisions, next_page_token=token)
 
     async def PauseRollout(self, request: pb.PauseRolloutRequest, context: Context) -> pb.PauseRolloutResponse:
         return pb.PauseRolloutResponse(rollout=await self._command(request.rollout_id, Pause(_why("paused", request.reason))))
@@ -101,6 +105,13 @@ class SectionServicer(registry_grpc.DeliverySectionServiceServicer):
             violations = [registry.FieldViolation(field=v.field, message=v.message) for v in invalid.violations]
             return registry.ValidateSectionResponse(violations=violations)
         return registry.ValidateSectionResponse(loosened=loosened)
+
+
+def _sequence(page_token: str) -> int:
+    """The last decision of the page before; a page token that is none of ours is refused."""
+    if page_token and not (page_token.isascii() and page_token.isdigit() and len(page_token) <= 18):
+        raise Invalid(f"{page_token!r} is not a page token of this list")
+    return int(page_token or 0)
 
 
 def _id(text: str) -> str:

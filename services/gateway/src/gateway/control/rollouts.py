@@ -37,8 +37,9 @@ async def get_rollout(rollout_id: str, peers: PeersOf) -> Json:
 
 
 @router.get("/rollouts/{rollout_id}/explain", responses=answers(pb.ExplainRolloutResponse))
-async def explain_rollout(rollout_id: str, peers: PeersOf) -> Json:
-    return to_json(await peers.deployer.ExplainRollout(pb.ExplainRolloutRequest(rollout_id=rollout_id)))
+async def explain_rollout(rollout_id: str, peers: PeersOf, page_size: int = 100, page_token: str = "") -> Json:
+    request = pb.ExplainRolloutRequest(rollout_id=rollout_id, page_size=page_size, page_token=page_token)
+    return to_json(await peers.deployer.ExplainRollout(request))
 
 
 @router.post("/rollouts/{rollout_id}/pause", responses=answers(pb.PauseRolloutResponse))
