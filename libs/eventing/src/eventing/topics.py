@@ -38,7 +38,6 @@ DELIVERIES = "headrace.deliveries"
 ACCESS = "headrace.access"
 JOBS = "headrace.jobs"
 TRAFFIC = "headrace.traffic"
-INFERENCE = "headrace.inference"
 
 TOPICS: tuple[Topic, ...] = (
     Topic(RUNS, 12, key="run id"),
@@ -50,7 +49,6 @@ TOPICS: tuple[Topic, ...] = (
     Topic(ACCESS, 4, key="access key id", compacted=True),
     Topic(JOBS, 6, key="job id"),
     Topic(TRAFFIC, 4, key="gateway instance", best_effort=True, retention_ms=_DAY_MS),
-    Topic(INFERENCE, 6, key="endpoint", best_effort=True, retention_ms=_DAY_MS),
 )
 
 _BY_NAME = {topic.name: topic for topic in TOPICS}
