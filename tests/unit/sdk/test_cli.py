@@ -28,12 +28,11 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ..
 ALL = commands(typer.main.get_command(app))
 
 
-@pytest.mark.parametrize(("path", "command"), ALL, ids=[" ".join(path) for path, _ in ALL])
-def test_every_command_explains_itself_and_can_print_json(path: tuple[str, ...], command: Any) -> None:
+@pytest.mark.parametrize("command", [command for _, command in ALL], ids=[" ".join(path) for path, _ in ALL])
+def test_every_command_explains_itself_and_can_print_json(command: Any) -> None:
     assert command.help
     assert [parameter.name for parameter in command.params if not getattr(parameter, "help", None)] == []
-    if path != ("logs",):  # lines of text by nature
-        assert any("--json" in parameter.opts for parameter in command.params)
+    assert any("--json" in parameter.opts for parameter in command.params)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -98,6 +97,18 @@ def test_a_command_that_is_no_list_of_words(
     file.write_text("metadata: {name: d}")
     assert run(monkeypatch, "run", "-f", str(file), "--command", command) == 2
     assert "must be a JSON list of words" in capsys.readouterr().err
+
+
+def test_logged_lines_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "kafka.log").write_text("one\n")
+    (logs / "s3.log").write_text('{"message": "a | b"}\n')
+    assert run(monkeypatch, "logs", "--state-dir", str(tmp_path), "--json") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told == [{"name": "kafka", "line": "one"}, {"name": "s3", "line": '{"message": "a | b"}'}]
+    assert run(monkeypatch, "logs", "--state-dir", str(tmp_path)) == 0
+    assert capsys.readouterr().out.splitlines() == ["kafka | one", 's3    | {"message": "a | b"}']
 
 
 def test_an_unknown_command_is_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,10 @@ def logs(
     state: StateDir = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing lines as they come, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines of each.")] = 50,
+    json: JsonFlag = False,
 ) -> None:
-    """The last lines that the servers and services of this machine logged."""
+    """The last lines that the servers and services of this machine logged. As JSON: an object of name and line on each line."""
     with _told() as api:
-        for line in api.logs(state or state_dir(), names or [], follow=follow, lines=lines):
-            print(line, flush=True)
+        for told in api.logs(state or state_dir(), names or [], follow=follow, lines=lines):
+            name, _, line = told.partition(" | ")
+            print(jsonlib.dumps({"name": name.rstrip(), "line": line}) if json else told, flush=True)
