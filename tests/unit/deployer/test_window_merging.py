@@ -11,8 +11,8 @@ ONE = frozenset({"a"})
 TWO = frozenset({"a", "b"})
 
 
-def window(instance: str = "a", revision: int = 1, canary: int = 0, baseline: int = 0, seconds: float = 1.0, gap: bool = False) -> Window:
-    return Window(instance, revision, seconds, Counts(canary, {"error": canary}), Counts(baseline), gap=gap)
+def window(instance: str = "a", revision: int = 1, canary: int = 0, baseline: int = 0, seconds: float = 1.0) -> Window:
+    return Window(instance, revision, seconds, Counts(canary, {"error": canary}), Counts(baseline))
 
 
 def test_one_gateway_with_enough_traffic_gives_one_merged_window_each() -> None:
@@ -58,7 +58,8 @@ def test_a_new_merger_and_a_lost_window_are_gaps() -> None:
     merger = Merger(1)
     (first,) = merger.add(window(canary=4, baseline=4), ONE)
     (second,) = merger.add(window(canary=4, baseline=4), ONE)
-    merger.add(window(canary=1, baseline=4, gap=True), ONE)
+    merger.add(window(canary=1, baseline=4), ONE)
+    merger.interrupted()
     (third,) = merger.add(window(canary=4, baseline=4), ONE)
     assert [first.gap, second.gap, third.gap] == [True, False, True]
 

@@ -88,9 +88,13 @@ class Judge:
         gap = self.membership.heard(report.instance, report.boot, report.sequence, revisions, report.leaving, now)
         if gap is None or self._epoch is None:
             return
+        if gap:
+            # What was lost may have been about any endpoint: which one, this message need not say.
+            for merger in self._mergers.values():
+                merger.interrupted()
         try:
             for entry in report.endpoints:
-                await self._judge(report, entry, gap)
+                await self._judge(report, entry)
             await self.acknowledgements()
         except Deposed:
             self.follow()
@@ -107,7 +111,7 @@ class Judge:
             if self.membership.acknowledged(rollout.endpoint, rollout.revision, now, anyone=rollout.state is not State.ABORTING):
                 self._keep((await self._deployer.tell(rollout.id, Acknowledged(rollout.revision), self._epoch)).rollout)
 
-    async def _judge(self, report: Report, entry: EndpointReport, gap: bool) -> None:
+    async def _judge(self, report: Report, entry: EndpointReport) -> None:
         rollout = self._live.get(entry.rollout_id)
         if rollout is None or not rollout.judged or rollout.endpoint != entry.endpoint:
             return
@@ -131,7 +135,6 @@ class Judge:
             Counts() if shadowing else canary.served,
             baseline.served,
             canary.shadow if shadowing else ShadowCounts(),
-            gap,
         )
         members = self.membership.reporting(entry.endpoint, self._clock.monotonic())
         for merged in merger.add(window, members):

@@ -50,7 +50,7 @@ class ShadowCounts:
 class Window:
     """One gateway process's counts for one endpoint in one window, served under one revision of its route.
 
-    `seconds` is by that process's monotonic clock. `gap`: an earlier window of the process is missing.
+    `seconds` is by that process's monotonic clock.
     """
 
     instance: str
@@ -59,7 +59,6 @@ class Window:
     canary: Counts = Counts()
     baseline: Counts = Counts()
     shadow: ShadowCounts = ShadowCounts()
-    gap: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,6 @@ class Merger:
 
         A window of an older revision is dropped; one of a newer revision drops what was not merged: bets never span a change of weights.
         """
-        self._gap = self._gap or window.gap
         if window.revision < self.revision:
             return []
         if window.revision > self.revision:
