@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from servicekit.clock import FakeClock
 
 POLICY = parse({"endpoint": "e", "rollout": {"steps": [{"weight": "50%", "requests": 40}]}})
 STEPPING = Rollout("r1", "e", "v2-g2", POLICY, State.STEPPING, "v1-g1", revision=3)
-ARMS = {name: ArmReport(Counts(10), ShadowCounts()) for name in ("v1-g1", "v2-g2")}
+ARMS = {name: ArmReport(Counts(10), ShadowCounts(compared=10)) for name in ("v1-g1", "v2-g2")}
 
 
 class Told:
@@ -62,3 +63,20 @@ async def test_a_window_that_was_lost_before_a_message_without_counts_is_a_gap()
     await judge.heard(report(5))
     await judge.heard(report(6))
     assert [window.gap for window in told.windows] == [True, False, True, False]
+
+
+async def test_what_was_decided_while_rollouts_were_read_is_not_forgotten() -> None:
+    told = Told(replace(STEPPING, state=State.SHADOWING, revision=2))
+    judge = await judge_of(told)
+    told.reads.clear()
+    reading = asyncio.create_task(judge.refresh())
+    await asyncio.sleep(0)
+    # The read has begun. Now a window moves the rollout into its step, and the read ends.
+    told.record = RolloutRecord(STEPPING, cast(Version, None), decisions=1)
+    await judge.heard(report(1, revision=2))
+    told.reads.set()
+    await reading
+    told.windows.clear()
+    await judge.heard(report(2))
+    (window,) = told.windows
+    assert (window.revision, window.canary.units) == (3, 10)

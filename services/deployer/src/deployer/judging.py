@@ -10,10 +10,10 @@ from servicekit.clock import Clock
 
 from deployer.domain.inputs import Acknowledged
 from deployer.domain.membership import Membership
-from deployer.domain.rollout import ENDED, Rollout, State
+from deployer.domain.rollout import ENDED, State
 from deployer.domain.windows import Counts, Merger, ShadowCounts, Window
 from deployer.handlers import Deployer
-from deployer.ports import Deposed, Store
+from deployer.ports import Deposed, RolloutRecord, Store
 
 AWAITING = frozenset({State.COMPLETING, State.ABORTING, State.REVERTING})
 """States that wait for gateways to acknowledge a route."""
@@ -61,7 +61,7 @@ class Judge:
         self._clock = clock
         self.membership = Membership(clock.monotonic())
         self._epoch: int | None = None
-        self._live: dict[str, Rollout] = {}
+        self._live: dict[str, RolloutRecord] = {}
         self._mergers: dict[str, Merger] = {}
 
     async def lead(self, epoch: int) -> None:
@@ -78,7 +78,9 @@ class Judge:
 
     async def refresh(self) -> None:
         """Look which rollouts run. Raises Unavailable."""
-        self._live = {record.rollout.id: record.rollout for record in await self._store.live()}
+        found = {record.rollout.id: record for record in await self._store.live()}
+        # Something may have been decided while this was being read.
+        self._live = {rollout_id: self._later(record) for rollout_id, record in found.items()}
         self._mergers = {rollout_id: merger for rollout_id, merger in self._mergers.items() if rollout_id in self._live}
 
     async def heard(self, report: Report) -> None:
@@ -107,14 +109,15 @@ class Judge:
         if self._epoch is None:
             return
         now = self._clock.monotonic()
-        for rollout in [rollout for rollout in self._live.values() if rollout.state in AWAITING]:
+        for rollout in [record.rollout for record in self._live.values() if record.rollout.state in AWAITING]:
             if self.membership.acknowledged(rollout.endpoint, rollout.revision, now, anyone=rollout.state is not State.ABORTING):
-                self._keep((await self._deployer.tell(rollout.id, Acknowledged(rollout.revision), self._epoch)).rollout)
+                self._keep(await self._deployer.tell(rollout.id, Acknowledged(rollout.revision), self._epoch))
 
     async def _judge(self, report: Report, entry: EndpointReport) -> None:
-        rollout = self._live.get(entry.rollout_id)
-        if rollout is None or not rollout.judged or rollout.endpoint != entry.endpoint:
+        record = self._live.get(entry.rollout_id)
+        if record is None or not record.rollout.judged or record.rollout.endpoint != entry.endpoint:
             return
+        rollout = record.rollout
         alone = rollout.state is State.COMPLETED
         merger = self._mergers.get(rollout.id)
         if merger is None or merger.alone is not alone:
@@ -138,11 +141,18 @@ class Judge:
         )
         members = self.membership.reporting(entry.endpoint, self._clock.monotonic())
         for merged in merger.add(window, members):
-            self._keep((await self._deployer.tell(rollout.id, merged, self._epoch)).rollout)
+            self._keep(await self._deployer.tell(rollout.id, merged, self._epoch))
 
-    def _keep(self, rollout: Rollout) -> None:
+    def _later(self, record: RolloutRecord) -> RolloutRecord:
+        """This record, or what is known of its rollout when that is of later."""
+        known = self._live.get(record.rollout.id, record)
+        return known if known.decisions > record.decisions else record
+
+    def _keep(self, record: RolloutRecord) -> None:
+        record = self._later(record)
+        rollout = record.rollout
         if rollout.state in ENDED and not rollout.judged:
             self._live.pop(rollout.id, None)
             self._mergers.pop(rollout.id, None)
         else:
-            self._live[rollout.id] = rollout
+            self._live[rollout.id] = record

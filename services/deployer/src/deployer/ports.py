@@ -99,7 +99,10 @@ class EndpointRecord:
 
 @dataclass(frozen=True)
 class RolloutRecord:
-    """A rollout as it is stored, with what its events tell. `traceparent` is of the event that caused it."""
+    """A rollout as it is stored, with what its events tell. `traceparent` is of the event that caused it.
+
+    `decisions` rows are in its log: of two records, the one with more is the later one.
+    """
 
     rollout: Rollout
     version: Version
@@ -107,6 +110,7 @@ class RolloutRecord:
     traceparent: str = ""
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    decisions: int = 0
 
 
 @dataclass(frozen=True)

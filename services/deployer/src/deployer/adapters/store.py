@@ -347,6 +347,7 @@ def _rollout(row: Row[Any]) -> RolloutRecord:
         version=_VERSION.validate_python(row.version),
         baseline_version=row.baseline_version,
         traceparent=row.traceparent,
+        decisions=row.decisions,
         created_at=row.created_at,
         finished_at=row.finished_at,
     )
