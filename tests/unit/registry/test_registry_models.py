@@ -188,6 +188,64 @@ def test_a_failed_reevaluation_leaves_the_version_with_the_reason() -> None:
     assert not model.audits
 
 
+def asked(model: Model) -> list[tuple[str, int]]:
+    """Evaluation and champion of every request to judge again."""
+    events = [event for _, event, _ in model.events]
+    return [(one.evaluation_id, one.champion_version) for one in events if isinstance(one, ModelReevaluationRequested)]
+
+
+def failed_against_version_2() -> Model:
+    """v3 passed against v1 and, after v2 had become champion, failed against that."""
+    model = with_champion()
+    model.passed(judged("r2", champion=1), OPEN, EVENT, new_id, TRACE)
+    model.completed(2, "done", EVENT)
+    model.passed(judged("r3", champion=1), OPEN, EVENT, new_id, TRACE)
+    model.failed("r3", "sha-r3", "eval-again", "evaluated again and failed: worse", EVENT)
+    return forget(model)
+
+
+def test_each_request_to_judge_again_names_the_newest_evaluation() -> None:
+    model = failed_against_version_2()
+    model.promote(3, OPEN, ANN, new_id)
+    assert asked(model) == [("eval-again", 2)]
+    model.failed("r3", "sha-r3", "eval-third", "evaluated again and failed: worse", EVENT)
+    forget(model).promote(3, OPEN, ANN, new_id)
+    assert asked(model) == [("eval-third", 2)]
+    forget(model).passed(judged("r3", champion=2, evaluation="eval-fourth"), OPEN, EVENT, new_id, TRACE)
+    assert kinds(model) == [ModelPromoted]
+
+
+def test_what_failed_is_not_promoted_on_an_older_pass_when_that_champion_is_back() -> None:
+    model = failed_against_version_2()
+    model.reverted(2, 1, "pager", EVENT)
+    forget(model)
+    version = model.promote(3, OPEN, ANN, new_id)
+    assert kinds(model) == [ModelReevaluationRequested]
+    assert not version.rolling_out
+    assert version.reason == "its last evaluation did not pass: evaluated again"
+
+
+@pytest.mark.parametrize("evaluation", ["eval-again", ""])
+def test_what_failed_while_it_rolled_out_is_judged_again_before_it_may_go_on(evaluation: str) -> None:
+    model = with_champion()
+    model.passed(judged("r2", champion=1), OPEN, EVENT, new_id, TRACE)
+    model.failed("r2", "", evaluation, "not evaluated again: no model", EVENT)
+    assert model.versions[2].rolling_out
+    model.rolled_back(2, False, "deadline", EVENT)
+    forget(model).promote(2, OPEN, ANN, new_id)
+    assert asked(model) == [(evaluation or "eval-r2-1", 1)]
+
+
+def test_what_passed_while_it_rolled_out_is_replaced_by_the_next_evaluation() -> None:
+    model = with_champion()
+    model.passed(judged("r2", champion=0), OPEN, EVENT, new_id, TRACE)
+    model.promote(2, OPEN, ANN, new_id, override=True)
+    model.passed(judged("r2", champion=1), OPEN, EVENT, new_id, TRACE)
+    model.rolled_back(2, False, "deadline", EVENT)
+    forget(model).promote(2, OPEN, ANN, new_id)
+    assert asked(model) == [("eval-r2-1", 1)]
+
+
 def test_a_pass_for_a_version_that_is_out_is_only_recorded() -> None:
     model = with_champion()
     model.passed(judged("r1", champion=1, evaluation="later"), OPEN, EVENT, new_id, TRACE)

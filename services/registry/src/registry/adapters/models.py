@@ -203,6 +203,8 @@ def _version(row: Mapping[Any, Any]) -> Version:
         stage=Stage(row["stage"]),
         reason=row["reason"],
         rolling_out=row["rolling_out"],
+        last_evaluation=row["last_evaluation"],
+        judged_unfit=row["judged_unfit"],
     )
 
 
@@ -213,6 +215,8 @@ def _version_row(model_id: UUID, version: Version) -> dict[str, Any]:
         "stage": str(version.stage),
         "reason": version.reason,
         "rolling_out": version.rolling_out,
+        "last_evaluation": version.last_evaluation,
+        "judged_unfit": version.judged_unfit,
         "run_id": version.journey.run_id,
         "journey_id": version.journey.journey_id,
         "delivery": version.journey.delivery,

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
@@ -104,6 +105,8 @@ model_version = Table(
     Column("provenance", JSONB, nullable=False),
     _text("traceparent"),
     _time("created_at"),
+    Column("last_evaluation", Text, nullable=False, server_default=text("''")),
+    Column("judged_unfit", Boolean, nullable=False, server_default=text("false")),
     UniqueConstraint("model_id", "run_id", "blob_sha256", name="model_version_once"),
 )
 

@@ -101,15 +101,22 @@ class Model:
         if known is None:
             version = self._register(judgement, by, traceparent)
         else:
-            if known.evidence == judgement.evidence:
+            evaluation = judgement.evidence.evaluation_id
+            if known.evidence == judgement.evidence or known.last_evaluation == evaluation:
                 return known
             if known.stage is not Stage.STAGING or known.rolling_out:
                 state = "is rolling out" if known.rolling_out else f"stands in {known.stage}"
-                self._audit(
-                    known, "version.evaluated", {}, {"evaluation": judgement.evidence.evaluation_id}, by, f"passed again, but {state}"
-                )
+                self._audit(known, "version.evaluated", {}, {"evaluation": evaluation}, by, f"passed again, but {state}")
+                known = self.versions[known.number] = replace(known, last_evaluation=evaluation)
                 return known
-            version = replace(known, journey=judgement.journey, evidence=judgement.evidence, provenance=judgement.provenance)
+            version = replace(
+                known,
+                journey=judgement.journey,
+                evidence=judgement.evidence,
+                provenance=judgement.provenance,
+                last_evaluation="",
+                judged_unfit=False,
+            )
             self._withdraw(version.number, by, "evaluated again")
             self._put(version, "version.evaluated", by)
         return self._proceed(version, policy, by, new_id)
@@ -117,14 +124,17 @@ class Model:
     def failed(self, run_id: str, sha256: str, evaluation: str, why: str, by: By) -> None:
         """A version that exists was evaluated again and did not pass, or could not be. A candidate that never passed is not known here.
 
-        `sha256` empty: every version of the run.
+        `sha256` empty: every version of the run; `evaluation` empty: none was made. Wherever it stands, the version goes through the
+        gates no more on what it passed before: it is evaluated again first.
         """
         for version in list(self.versions.values()):
             if version.journey.run_id != run_id or (sha256 and version.deliverable.sha256 != sha256):
                 continue
+            judged = replace(version, last_evaluation=evaluation or version.last_evaluation, judged_unfit=True)
             if version.stage is Stage.STAGING and not version.rolling_out:
                 self._withdraw(version.number, by, why)
-                self._put(replace(version, reason=why), "version.evaluated", by, evaluation=evaluation)
+                judged = replace(judged, reason=why)
+            self._put(judged, "version.evaluated", by, evaluation=evaluation)
 
     # What people do
 
@@ -275,6 +285,9 @@ class Model:
         if policy.obstacle or not policy.endpoint:
             self._withdraw(number, by, policy.obstacle)
             return self._put(replace(version, reason=policy.obstacle or "the delivery serves no endpoint"), "version.reason", by)
+        if version.judged_unfit:
+            self._withdraw(number, by, "its last evaluation did not pass")
+            return self._reevaluate(version, by)
         if not self._judged_by_champion(version):
             self._withdraw(number, by, "the champion changed")
             return self._reevaluate(version, by)
@@ -329,8 +342,15 @@ class Model:
         return self._put(replace(version, rolling_out=True, reason=why), "version.promote", by, override=override)
 
     def _reevaluate(self, version: Version, by: By) -> Version:
-        why = f"judged against {_named(version.evidence.champion_version)}, but the champion is {_named(self.champion)}: evaluated again"
-        event = ModelReevaluationRequested(self.model_id, version.journey, version.evidence.evaluation_id, self.champion, why)
+        """Asks for another evaluation in place of the newest one: an older one has been replaced already, and is not judged twice."""
+        if version.judged_unfit:
+            why = "its last evaluation did not pass: evaluated again"
+        else:
+            why = (
+                f"judged against {_named(version.evidence.champion_version)}, but the champion is {_named(self.champion)}: evaluated again"
+            )
+        newest = version.last_evaluation or version.evidence.evaluation_id
+        event = ModelReevaluationRequested(self.model_id, version.journey, newest, self.champion, why)
         self._emit(event, version, by)
         return self._put(replace(version, reason=why), "version.reason", by)
 

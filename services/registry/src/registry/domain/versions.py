@@ -67,6 +67,8 @@ class Version:
     """A version. Number, run, file and author never change; stage, reason and evidence do, each change with a row in the audit log.
 
     `rolling_out`: promoted, and the deployer has not said how it ended. `traceparent` is the trace of the run's way to here.
+    `last_evaluation` is the newest evaluation when that is not the one it stands on (empty: it is). `judged_unfit`: the newest one did not
+    pass or could not be made, so what it stands on proves nothing until it has passed again.
     """
 
     number: int
@@ -80,3 +82,5 @@ class Version:
     stage: Stage = Stage.STAGING
     reason: str = ""
     rolling_out: bool = False
+    last_evaluation: str = ""
+    judged_unfit: bool = False
