@@ -39,7 +39,6 @@ def test_the_topics_are_those_of_the_design():
         "deliveries": (True, False),
         "access": (True, False),
         "traffic": (False, True),
-        "inference": (False, True),
     }
 
 
