@@ -63,14 +63,15 @@ def _show(figures: list[Figure]) -> None:
     Console(width=150).print(grid)
 
 
-def _quote() -> None:
-    """The last results as docs/benchmarks.md quotes them."""
-    print("| figure | value | aim | reference |\n|---|---|---|---|")
+def quoted() -> list[str]:
+    """The last results as docs/benchmarks.md quotes them: the lines of a table."""
+    lines = ["| figure | value | aim | reference |", "|---|---|---|---|"]
     figures: list[Figure] = json.loads(RESULTS.read_text())
     for figure in figures:
         aim = _aim(figure) + ("" if _met(figure) else ", **not met**")
         reference = "" if figure["reference"] is None else f"{figure['reference']:,.4g}"
-        print(f"| {figure['name']} | {figure['value']:,.4g} {figure['unit']} | {aim} | {reference} |")
+        lines.append(f"| {figure['name']} | {figure['value']:,.4g} {figure['unit']} | {aim} | {reference} |")
+    return lines
 
 
 def _merge(new: list[Figure]) -> list[Figure]:
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--quote", action="store_true", help="measure nothing: print the last results as a table for docs/benchmarks.md")
     arguments = parser.parse_args()
     if arguments.quote:
-        _quote()
+        print("\n".join(quoted()))
         return
     chosen = arguments.names or _modules()
     if unknown := set(chosen) - set(_modules()):
