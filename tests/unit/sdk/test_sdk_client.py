@@ -153,6 +153,14 @@ def test_a_run_that_ends_well_is_finished_with_all_its_metrics(gateway: MakeGate
     assert all(len(body["metrics"]) <= 1000 for body in server.bodies("/api/v1/runs/r1/log-batch"))
 
 
+def test_tags_are_stored_as_text_at_once(gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRACE_RUN_ID", raising=False)
+    server = run_server(gateway)
+    with start_run("flights", client=client_of(server)) as run:
+        run.set_tags({"owner": "ann", "fold": 3})
+        assert server.bodies("/api/v1/runs/r1/log-batch") == [{"tags": {"owner": "ann", "fold": "3"}}]
+
+
 def test_a_run_that_raises_is_failed_with_the_reason(gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEADRACE_RUN_ID", raising=False)
     server = run_server(gateway)
