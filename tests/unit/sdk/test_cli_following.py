@@ -59,7 +59,9 @@ def gateway() -> Iterator[str]:
 def interrupted(gateway: str, folder: Path, *words: str, at: str) -> tuple[int, str]:
     """Runs a command, presses Ctrl-C when it has printed `at`; returns its exit code and all that it printed."""
     environment = {**os.environ, "HEADRACE_URL": gateway, "HEADRACE_API_KEY": "k"}
-    program = [sys.executable, "-c", "from headrace.cli import main; main()", *words]
+    # A shell's background job hands on that it ignores SIGINT; a terminal does not.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from headrace.cli import main; main()"
+    program = [sys.executable, "-c", code, *words]
     with subprocess.Popen(
         program, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
     ) as running:
