@@ -326,3 +326,17 @@ async def test_after_a_restart_of_everything_routes_say_where_the_runtime_is_now
     gateway.per_window = 40
     await stand.promote(3)
     await stand.ended(3, "deploy.completed")
+
+
+async def test_a_version_is_still_watched_when_its_route_is_published_with_another_address(stand: Any) -> None:
+    first = await stand.start()
+    gateway = await stand.live()
+    stand.runtime.away = True
+    await stand.promote(2)
+    await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "preparing"), "version 2 to be prepared")
+    await stand.stop(first)
+    stand.runtime.upstream = "127.0.0.1:2"
+    await stand.start()
+    await stand.eventually(lambda: {arm.upstream for arm in gateway.route().arms} == {"127.0.0.1:2"}, "a route with the new address")
+    gateway.bad[1] = 0.95
+    await stand.ended(1, "deploy.alarmed")

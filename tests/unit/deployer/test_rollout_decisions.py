@@ -393,6 +393,27 @@ def test_every_window_is_explained() -> None:
     assert judged.detail["window"]["canary"] == {"units": 5, "bad": {"error": 1}}
     assert judged.detail["guards"]["error"]["harm"] > 1
     assert judged.detail["abort_at"] == pytest.approx(20)
+    assert judged.logged
+
+
+def test_of_a_held_rollout_only_windows_that_change_something_are_logged() -> None:
+    rollout, _ = tell(at(State.STEPPING), Pause("lunch"), Deadline())
+    for missing in (2, 0):  # two guards are shown to be met, perhaps by the same window
+        shown = []
+        for _ in range(400):
+            rollout, (judged, *_) = decide(rollout, traffic(rollout, 20))
+            assert isinstance(judged, Judged)
+            shown.append(judged.logged)
+        assert sum(shown) <= missing
+        assert any(shown) is bool(missing)
+    assert rollout.evidence.windows == 801
+    logged = []
+    while rollout.state is State.STEPPING:
+        rollout, (judged, *_) = decide(rollout, traffic(rollout, 20, bad=20))
+        assert isinstance(judged, Judged)
+        logged.append(judged.logged)
+    assert rollout.cause is Cause.HARM
+    assert logged == [False] * (len(logged) - 1) + [True]
 
 
 @pytest.mark.parametrize("late", [Begin("v1-g1", 7), Loaded(), Warmed(), LoadFailed(Cause.RUNTIME, "x"), Acknowledged(1)])

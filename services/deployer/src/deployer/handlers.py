@@ -178,9 +178,9 @@ class Deployer:
                     continue
                 await self._named(work, route)
                 await work.publish(route)
-                routed = record.endpoint.live or record.endpoint.watching
-                if routed is not None:
-                    running = await self._found(work, routed)
+                # One may be watched while the next one is still being loaded.
+                for rollout_id in filter(None, (record.endpoint.live, record.endpoint.watching)):
+                    running = await self._found(work, rollout_id)
                     await work.save_rollout(replace(running, rollout=replace(running.rollout, revision=route.revision)))
                 await work.save_endpoint(replace(record, route=route, endpoint=replace(record.endpoint, revision=route.revision)))
 
@@ -334,7 +334,8 @@ class Deployer:
                     await work.log(rollout.id, event.source, event.target, event.reason, {})
                 case ev.Judged():
                     metrics.judged(rollout)
-                    await work.log(rollout.id, rollout.state, rollout.state, "window", event.detail)
+                    if event.logged:
+                        await work.log(rollout.id, rollout.state, rollout.state, "window", event.detail)
                 case ev.Alarmed():
                     metrics.alarmed(rollout)
                     _log.error("%s: %s", rollout.endpoint, event.reason, extra={"rollout_id": rollout.id})

@@ -19,9 +19,13 @@ class Moved:
 
 @dataclass(frozen=True)
 class Judged:
-    """A merged window was taken as evidence; `detail` holds its counts and every guard's wealth."""
+    """A merged window was taken as evidence; `detail` holds its counts and every guard's wealth.
+
+    `logged`: the decision log keeps it. A held rollout has no deadline that ends it, so of its windows only those that changed something.
+    """
 
     detail: dict[str, Any]
+    logged: bool = True
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ def judged(rollout: Rollout, window: Merged) -> Decision:
     shadowing = rollout.state is State.SHADOWING
     evidence = judge.weigh(rollout.evidence, window, rollout.policy, shadowing)
     verdict = judge.verdict(evidence, rollout.policy)
-    explained = Judged(judge.explain(evidence, window, rollout.policy))
     after = replace(rollout, evidence=evidence)
 
     if verdict.harm:
@@ -35,7 +34,9 @@ def judged(rollout: Rollout, window: Merged) -> Decision:
         after, events = abort(after, Cause.BREACH, verdict.breach)
     else:
         after, events = _progress(after, verdict, window.seconds)
-    return after, (explained, *events)
+    shown = judge.unproven(evidence, rollout.policy) != judge.unproven(rollout.evidence, rollout.policy)
+    logged = rollout.hold is None or shown or bool(events)
+    return after, (Judged(judge.explain(evidence, window, rollout.policy), logged), *events)
 
 
 def _watched(rollout: Rollout, window: Merged) -> Decision:
