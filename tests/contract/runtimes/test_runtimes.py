@@ -14,7 +14,7 @@ import pytest
 from deployer.adapters.memory_runtime import MemoryRuntime
 from deployer.adapters.triton import TritonRuntime
 from deployer.domain.signature import Rows, Signature, Tensor
-from deployer.ports import Refused, Runtime
+from deployer.ports import LoadTooSlow, Refused, Runtime
 from onnx import TensorProto, helper
 from servicekit.clock import SystemClock
 from servicekit.errors import Unavailable
@@ -108,6 +108,21 @@ async def test_a_load_may_be_repeated(runtime: Runtime, name: str) -> None:
     await runtime.load(name, model(2.0), SIGNATURE)
     await runtime.load(name, model(2.0), SIGNATURE)
     assert (await runtime.infer(name, ROWS, SIGNATURE))["score"][0] == [3.0]
+
+
+async def test_a_load_that_takes_too_long_may_be_repeated_by_the_same_name(runtime: Runtime, name: str, triton: Triton) -> None:
+    hasty: Runtime
+    if isinstance(runtime, MemoryRuntime):
+        hasty = runtime
+        runtime.slow = 1
+    else:
+        hasty = TritonRuntime(triton.grpc, triton.http, triton.secret, SystemClock(), load_timeout_s=0.02)
+    with pytest.raises(LoadTooSlow, match=f"has not loaded {name}"):
+        await hasty.load(name, model(2.0), SIGNATURE)
+    await runtime.load(name, model(2.0), SIGNATURE)
+    assert (await runtime.infer(name, ROWS, SIGNATURE))["score"][0] == [3.0]
+    if hasty is not runtime:
+        await hasty.close()
 
 
 async def test_models_are_apart(runtime: Runtime, name: str) -> None:

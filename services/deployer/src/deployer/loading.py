@@ -22,9 +22,12 @@ from deployer.domain.rollout import Cause, State
 from deployer.domain.signature import Samples, differences, read_samples, zeros
 from deployer.domain.version import Arm, Version, runtime_model
 from deployer.handlers import Deployer
-from deployer.ports import LoadedModel, Refused, RolloutRecord, Runtime, RuntimeLost, Store
+from deployer.ports import LoadedModel, LoadTooSlow, Refused, RolloutRecord, Runtime, RuntimeLost, Store
 
 LOADING = frozenset({State.PREPARING, State.WARMING})
+LOADS = 3
+"""How often a runtime is asked to load a version for which it takes too long."""
+
 _MAX_SAMPLES_BYTES = 16 * 1024 * 1024
 _LEAST_WAIT_S = 0.2
 _MOST_WAIT_S = 2.0
@@ -97,14 +100,24 @@ class Loader:
             model = await self._intend(record, runtime)
             if model is None:
                 return
-            try:
-                await runtime.load(model.name, content, record.version.signature)
-            except Refused as refused:
-                raise _Failed(Cause.RUNTIME, refused.message) from refused
+            await self._push(runtime, model.name, content, record.version)
             await self._note_loaded(model)
         await self._deployer.tell(rollout_id, Loaded())
         await self._warm_up(runtime, model.name, record.version)
         await self._deployer.tell(rollout_id, Warmed())
+
+    async def _push(self, runtime: Runtime, model: str, content: bytes, version: Version) -> None:
+        """Have the runtime load it. When that takes too long, again by the same name: a load that ended meanwhile is found to be done."""
+        for further in reversed(range(LOADS)):
+            try:
+                await runtime.load(model, content, version.signature)
+                return
+            except Refused as refused:
+                raise _Failed(Cause.RUNTIME, refused.message) from refused
+            except LoadTooSlow as slow:
+                if not further:
+                    raise _Failed(Cause.RUNTIME, f"{slow.message}, tried {LOADS} times") from slow
+                _log.warning("%s; it is tried again", slow)
 
     async def _loaded(self, record: RolloutRecord) -> LoadedModel | None:
         """The model that an earlier attempt has loaded."""

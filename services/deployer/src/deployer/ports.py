@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from servicekit.errors import Invalid, Transient
+from servicekit.errors import DeadlineExceeded, Invalid, Transient
 
 from deployer.domain.endpoint import Endpoint
 from deployer.domain.events import Event
@@ -24,6 +24,10 @@ class Refused(Invalid):
 
 class RuntimeLost(Transient):
     """The runtime went away while it was loading: the model may have been the reason."""
+
+
+class LoadTooSlow(DeadlineExceeded):
+    """The runtime had not loaded the model in its time. It may still be loading it."""
 
 
 class Deposed(Transient):
@@ -49,7 +53,7 @@ class Runtime(Protocol):
     async def load(self, model: str, content: bytes, signature: Signature) -> None:
         """Load an ONNX model under a name; nothing happens when the name is loaded. Never use a name for other bytes.
 
-        Raises Refused, or RuntimeLost when the runtime died of it.
+        Raises Refused, RuntimeLost when the runtime died of it, LoadTooSlow when it may still be loading it.
         """
         ...
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from servicekit.errors import Unavailable
 
 from deployer.domain.signature import Rows, Signature
-from deployer.ports import Refused, RuntimeLost
+from deployer.ports import LoadTooSlow, Refused, RuntimeLost
 
 Answer = Callable[[bytes, Rows], Rows]
 
@@ -25,6 +25,8 @@ class MemoryRuntime:
     away: bool = False
     dies_of: bytes | None = None
     refuses: Callable[[bytes], str | None] = lambda content: None
+    slow: int = 0
+    """How many of the next loads take too long. The last of them is done all the same, when nobody waits for it any more."""
 
     async def load(self, model: str, content: bytes, signature: Signature) -> None:
         self._here()
@@ -36,6 +38,11 @@ class MemoryRuntime:
             raise RuntimeLost(f"the runtime went away while it loaded {model}")
         if reason := self.refuses(content):
             raise Refused(reason)
+        if self.slow:
+            self.slow -= 1
+            if not self.slow:
+                self.loaded[model] = content
+            raise LoadTooSlow(f"the runtime has not loaded {model} within 0 s")
         self.loaded[model] = content
 
     async def unload(self, model: str) -> None:

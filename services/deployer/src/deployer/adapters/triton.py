@@ -21,7 +21,7 @@ from servicekit.errors import DeadlineExceeded, Unavailable
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from deployer.domain.signature import Rows, Signature, Tensor
-from deployer.ports import Refused, RuntimeLost
+from deployer.ports import LoadTooSlow, Refused, RuntimeLost
 
 SECRET_METADATA = "triton-grpc-protocol-headrace-secret"  # noqa: S105 - a header's name
 """gRPC metadata whose value opens Triton's restricted interfaces (its --grpc-restricted-protocol)."""
@@ -102,6 +102,8 @@ class TritonRuntime:
             translated = _translate(error, f"loading {model}")
             if isinstance(translated, Unavailable):
                 raise RuntimeLost(f"the runtime went away while it loaded {model}: {translated.message}") from error
+            if isinstance(translated, DeadlineExceeded):
+                raise LoadTooSlow(f"the runtime has not loaded {model} within {self._load_timeout_s:g} s") from error
             raise translated from error
         _log.info("loaded %s, %d bytes", model, len(content))
 
