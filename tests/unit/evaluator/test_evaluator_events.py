@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -21,6 +22,7 @@ from eventing import topics
 from eventing.broker import Partition, Record
 from eventing.envelope import Received
 from eventing.memory import MemoryBroker
+from eventing.snapshots import SnapshotReader
 from google.protobuf.message import Message
 from servicekit.errors import Invalid, Unavailable
 
@@ -59,7 +61,8 @@ class Bench:
         self.broker = MemoryBroker()
         self.intake, self.deliveries = Recorder(), Deliveries()
         intake: Any = self.intake
-        self.events = Events(intake, self.deliveries, DeliveriesRead(self.broker), lambda conn: conn)  # type: ignore[arg-type, return-value]
+        self.read = DeliveriesRead(self.broker)
+        self.events = Events(intake, self.deliveries, self.read, lambda conn: conn)  # type: ignore[arg-type, return-value]
 
     def publish(self) -> None:
         """Puts a delivery into its topic, where nobody has read it yet."""
@@ -75,6 +78,7 @@ class Bench:
             for offset in range(end):
                 delivery = registry_pb.DeliveryApplied(name="delays", revision=offset + 1, experiment="e", model="m", evaluate_json=SECTION)
                 self.events.on_delivery("delays", received("delivery.applied", delivery, partition=partition.number, offset=offset))
+            self.read.saw(partition.number, end)
 
 
 RUN = tracker_pb.RunFinished(run_id="r" * 32, experiment_name="e")
@@ -118,6 +122,21 @@ async def test_a_delivery_is_taken_in_and_a_tombstone_or_another_type_passed_ove
     bench.events.on_delivery("delays", received("delivery.paused", b"\xff"))
     with pytest.raises(Invalid):
         bench.events.on_delivery("delays", received("delivery.applied", b"\xff"))
+
+
+@pytest.mark.parametrize("value", [None, b"no event"])
+async def test_a_tombstone_or_what_is_no_event_at_the_end_of_a_partition_keeps_no_run_waiting(bench: Bench, value: bytes | None) -> None:
+    bench.publish()
+    bench.broker.append(Record(topics.DELIVERIES, b"delays", value, (), 0))  # type: ignore[arg-type]  # a tombstone, which only others write
+    reader = SnapshotReader(bench.broker, topics.DELIVERIES, bench.events.on_delivery, on_read=bench.read.saw)
+    await reader.start()
+    try:
+        async with asyncio.timeout(10):
+            await reader.loaded()
+        await bench.handle("run.finished", RUN)
+        assert [run.run_id for run in bench.intake.seen] == ["r" * 32]
+    finally:
+        await reader.stop()
 
 
 async def test_each_event_reaches_its_use_case(bench: Bench) -> None:

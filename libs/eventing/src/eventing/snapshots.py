@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 OnRecord = Callable[[str, Received | None], Awaitable[None] | None]
 """Called with the key and the event, or None for a tombstone."""
 
+OnRead = Callable[[int, int], None]
+"""Called with a partition's number and the offset before which every record of it was passed on or passed over."""
+
 _POLL_S = 0.25
 _MAX_RECORDS = 1000
 
@@ -46,6 +49,7 @@ class SnapshotReader(Background):
         *,
         clock: Clock | None = None,
         create_topics: bool = True,
+        on_read: OnRead | None = None,
     ) -> None:
         super().__init__(f"snapshots of {topic_name}")
         if not topic(topic_name).compacted:
@@ -56,6 +60,7 @@ class SnapshotReader(Background):
         self._on_record = on_record
         self._clock = clock or SystemClock()
         self._create_topics = create_topics
+        self._on_read = on_read
         self._cluster_id = ""
         self._loaded = asyncio.Event()
 
@@ -88,12 +93,16 @@ class SnapshotReader(Background):
         try:
             await reader.start()
             missing: dict[Partition, int] = {}
+            mine: frozenset[Partition] = frozenset()
             while not self._stopping.is_set():
                 polled = await reader.poll(_MAX_RECORDS, _POLL_S)
                 if polled.assigned is not None:
-                    missing = await self._begin(reader, polled.assigned)
+                    mine, missing = polled.assigned, await self._begin(reader, polled.assigned)
                 for record in polled.records:
                     await self._pass_on(record)
+                if self._on_read is not None:
+                    for partition in mine:
+                        self._on_read(partition.number, await reader.position(partition))
                 missing = {partition: end for partition, end in missing.items() if await reader.position(partition) < end}
                 if not missing:
                     self._loaded.set()

@@ -53,9 +53,9 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     store = SqlStore(engine, outbox, queue, EventEncoder(clock, ids))
     objects = S3Store(settings.s3)
 
-    deliveries = Deliveries()
-    events = Events(Intake(deliveries, clock, ids), deliveries, DeliveriesRead(broker, settings.topic_prefix), store.on)
-    snapshots = SnapshotReader(broker, topics.DELIVERIES, events.on_delivery, settings.topic_prefix)
+    deliveries, read = Deliveries(), DeliveriesRead(broker, settings.topic_prefix)
+    events = Events(Intake(deliveries, clock, ids), deliveries, read, store.on)
+    snapshots = SnapshotReader(broker, topics.DELIVERIES, events.on_delivery, settings.topic_prefix, on_read=read.saw)
     consumer = Consumer(engine, SCHEMA, broker, NAME, TOPICS, events.handlers(), settings.topic_prefix, outbox)
 
     limits = Limits(memory_bytes=settings.worker_memory_bytes, timeout_s=settings.worker_timeout_s)
@@ -88,7 +88,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
     server.add(eventing_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
     return [
-        Closing(channel.close, broker.close, engine.dispose),
+        Closing(channel.close, broker.close, objects.stop, engine.dispose),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/evaluator", settings.topic_prefix, outbox=outbox),
         snapshots,
         consumer,

@@ -34,8 +34,8 @@ class Claims(Protocol):
 class DeliveriesRead(Protocol):
     """How far the deliveries are known."""
 
-    def saw(self, partition: int, offset: int) -> None:
-        """Notes that the topic has been read so far."""
+    def saw(self, partition: int, position: int) -> None:
+        """Notes that every record before this offset has been read, whatever it was."""
         ...
 
     async def check(self, *, now: bool) -> None:

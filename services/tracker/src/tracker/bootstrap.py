@@ -48,7 +48,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(tracker, deliverables), SERVICE)
     return [
-        Closing(deliverables.close, broker.close, engine.dispose),
+        Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
         LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),
         server,

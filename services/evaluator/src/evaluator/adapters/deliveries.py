@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from eventing import topics
 from eventing.broker import Broker, Partition
 from servicekit.errors import Unavailable
+
+_PATIENCE_S = 5.0
+"""How long the broker may take to answer: a transaction is open meanwhile."""
 
 
 class DeliveriesRead:
@@ -17,13 +22,18 @@ class DeliveriesRead:
         self._seen: dict[int, int] = {}
         self._once = False
 
-    def saw(self, partition: int, offset: int) -> None:
-        self._seen[partition] = max(offset, self._seen.get(partition, -1))
+    def saw(self, partition: int, position: int) -> None:
+        self._seen[partition] = position
 
     async def check(self, *, now: bool) -> None:
         if self._once and not now:
             return
-        for partition, (start, end) in (await self._broker.offsets(self._partitions)).items():
-            if end > start and self._seen.get(partition.number, -1) < end - 1:
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                offsets = await self._broker.offsets(self._partitions)
+        except TimeoutError:
+            raise Unavailable("the broker does not say how many deliveries there are") from None
+        for partition, (start, end) in offsets.items():
+            if end > start and self._seen.get(partition.number, 0) < end:
                 raise Unavailable("the deliveries have not all been read yet")
         self._once = True

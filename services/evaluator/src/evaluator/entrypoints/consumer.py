@@ -39,10 +39,7 @@ class Events:
 
     def on_delivery(self, key: str, event: Received | None) -> None:
         """Takes a record of headrace.deliveries in. Raises Invalid for one that cannot be read."""
-        if event is None:
-            return
-        self._read.saw(event.partition, event.offset)
-        if event.type == "delivery.applied":
+        if event is not None and event.type == "delivery.applied":
             self._deliveries.record(translate.delivery_applied(event.payload))
 
     async def _run_finished(self, conn: AsyncConnection, event: Received) -> None:
