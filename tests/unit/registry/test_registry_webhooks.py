@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -106,6 +107,29 @@ async def test_one_private_address_among_public_ones_is_enough_to_refuse() -> No
     assert "10.0.0.1, which is no public address" in await send("http://hooks.example/", ["93.184.216.34", "10.0.0.1"], wire)
     assert wire.requests == []
     assert await send("http://hooks.example/", ["10.0.0.1"], wire, allow_private=True) == ""
+
+
+class Endless(Wire):
+    """Takes the connection and never answers, which no time-out of a single step would end."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError("not reached")
+
+
+async def test_sending_ends_within_its_time_whatever_the_receiver_does() -> None:
+    async def resolver(host: str, port: int) -> list[str]:
+        return ["93.184.216.34"]
+
+    post = webhooks.WebhookPost(FakeClock(NOW), "http://hooks.example/", "secret", False, resolver, within_s=0.05)
+    async with asyncio.timeout(10), httpx.AsyncClient(transport=Endless({})) as client:
+        assert await post.send(client, "id", b"{}") == "it took longer than 0.05 s"
+
+
+async def test_a_name_that_cannot_be_one_is_a_failure_and_not_the_end() -> None:
+    post = webhooks.WebhookPost(FakeClock(NOW), f"http://{'a' * 64}.example/", "secret", False)
+    async with httpx.AsyncClient(transport=Wire({})) as client:
+        assert (await post.send(client, "id", b"{}")).startswith("cannot resolve aaa")
 
 
 async def test_why_it_failed_is_said() -> None:

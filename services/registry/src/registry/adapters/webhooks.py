@@ -36,8 +36,10 @@ MAX_ATTEMPTS = 12
 """With the waits between them, about an hour."""
 
 TIMEOUT_S = 10.0
+"""For each step of a POST: a receiver that sends byte after byte can make many of them."""
+
 LEASE_S = 60.0
-"""How long a row is left alone after a sender has taken it: longer than a POST can take."""
+"""How long a row is left alone after a sender has taken it: twice as long as sending it may take as a whole."""
 
 POLL_S = 1.0
 
@@ -114,7 +116,11 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 class WebhookPost:
     """Sends one body to the one URL, from the address it checked."""
 
-    def __init__(self, clock: Clock, url: str, secret: str, allow_private: bool, resolver: Resolve = resolve) -> None:
+    def __init__(
+        self, clock: Clock, url: str, secret: str, allow_private: bool, resolver: Resolve = resolve, *, within_s: float = LEASE_S / 2
+    ) -> None:
+        """`within_s`: how long sending one body may take as a whole, name look-up and every address included."""
+        self._within_s = within_s
         self._clock = clock
         self._url = httpx.URL(url)
         self._secret = secret
@@ -125,11 +131,14 @@ class WebhookPost:
         """Returns why it failed, empty when the receiver took it. May be repeated with the same id."""
         failure = "no address"
         try:
-            for address in await self._addresses():
-                try:
-                    return await self._send_to(client, address, webhook_id, body)
-                except httpx.ConnectError as error:
-                    failure = f"cannot connect: {error}"
+            async with asyncio.timeout(self._within_s):
+                for address in await self._addresses():
+                    try:
+                        return await self._send_to(client, address, webhook_id, body)
+                    except httpx.ConnectError as error:
+                        failure = f"cannot connect: {error}"
+        except TimeoutError:
+            failure = f"it took longer than {self._within_s:g} s"
         except (Forbidden, Unavailable) as error:
             failure = error.message
         except httpx.HTTPError as error:
@@ -155,7 +164,7 @@ class WebhookPost:
         port = self._url.port or (443 if self._url.scheme == "https" else 80)
         try:
             addresses = await self._resolve(self._url.host, port)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one: a label too long, or empty
             raise Unavailable(f"cannot resolve {self._url.host}: {error}") from error
         private = [address for address in addresses if not is_public(address)]
         if private and not self._allow_private:
