@@ -382,6 +382,23 @@ async def test_spans_are_for_those_who_have_a_role(services: Services, roles: se
         assert answer.json()["tree"] == [{"service": "tracker"}]
 
 
+@pytest.mark.parametrize(("id", "status"), [("c" * 32, 200), ("d" * 32, 503)])
+async def test_spans_are_told_while_the_evaluator_is_away(id: str, status: int) -> None:
+    settings = ServiceSettings(service_token=SecretStr(TOKEN))
+    async with serving({}) as address:  # the evaluator's address, where nobody serves it any more
+        pass
+    channels = {name: rpc.channel(address, settings) for name in ("tracker", "trainer", "evaluator", "registry", "deployer")}
+    transport = httpx.ASGITransport(create_app(connect(channels), lambda _: ALICE, Spans()), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers={"x-api-key": "any"}) as client:
+        answer = await client.get(f"/api/v1/traces/{id}")
+    for channel in channels.values():
+        await channel.close()
+    assert answer.status_code == status
+    if status == 200:
+        assert (answer.json()["tree"], answer.json()["lineage"]) == ([{"service": "tracker"}], None)
+        assert "does not answer" in answer.json()["note"]
+
+
 async def test_the_api_describes_itself_to_anybody(api: httpx.AsyncClient) -> None:
     described = (await api.get("/api/v1/openapi.json", headers={"authorization": ""})).json()
     answer = described["paths"]["/api/v1/rollouts/{rollout_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]

@@ -8,7 +8,7 @@ import httpx
 from contracts.evaluator.v1 import service_pb2 as evaluator_pb
 from fastapi import APIRouter, Request
 from servicekit.access import EVERY_ROLE, current_caller, require_role
-from servicekit.errors import Invalid, NotFound, Unavailable
+from servicekit.errors import Invalid, NotFound, Transient, Unavailable
 
 from gateway.control.lineage import lineage_of
 from gateway.control.pages import versions_of
@@ -31,6 +31,7 @@ NOT_KEPT = (
     "no span of this is kept: the id is unknown, it was not sampled (HEADRACE_TRACE_SAMPLE_RATIO; errors always are), it is too old, "
     "or it is too new and still on its way"
 )
+NO_LINEAGE = "a service that knows what led to this does not answer: ask again for the lineage"
 NO_SOURCE = "this gateway is not told where spans are kept (HEADRACE_TRACES_URL): look in your tracing system"
 
 
@@ -68,10 +69,14 @@ async def get_trace(id: str, request: Request, peers: PeersOf) -> Json:
         raise Invalid("an id has at most 128 characters")
     require_role(current_caller(), *READERS)
     source = cast("SpanSource | None", request.app.state.spans)
-    lineage = await _lineage_of_run(peers, id)
+    lineage, away = None, None
+    try:
+        lineage = await _lineage_of_run(peers, id)
+    except Transient as error:  # what spans there are can be told all the same
+        away = error
     if source is None:
         if lineage is None:
-            raise NotFound(NO_SOURCE)
+            raise away or NotFound(NO_SOURCE)
         return {"id": id, "lineage": lineage, "tree": [], "note": NO_SOURCE}
     found: Json = {"spans": [], "tree": []}
     for name in ("run_id", "request_id", "trace_id"):
@@ -80,9 +85,12 @@ async def get_trace(id: str, request: Request, peers: PeersOf) -> Json:
             break
     if lineage is None:
         if not found["spans"]:
-            raise NotFound(NOT_KEPT)
-        lineage = await _lineage_of_request(peers, id, found["spans"])
-    note = "" if found["spans"] else NOT_KEPT
+            raise away or NotFound(NOT_KEPT)
+        try:
+            lineage = await _lineage_of_request(peers, id, found["spans"])
+        except Transient as error:
+            away = error
+    note = NOT_KEPT if not found["spans"] else NO_LINEAGE if away and lineage is None else ""
     return {"id": id, "lineage": lineage, "tree": found["tree"], "note": note}
 
 
