@@ -17,8 +17,8 @@ from tests.e2e.world import World, eventually
 
 _SCRIPT = Path(__file__).parent / "source" / "train.py"
 _LOCK = Path(__file__).parents[2] / "requirements.lock"
-_PACKAGES = ("anyio", "certifi", "h11", "httpcore", "httpx", "idna", "ml-dtypes", "numpy", "onnx", "protobuf", "typing-extensions")
-"""What the script needs, what the SDK does, and what those do."""
+_PACKAGES = ("ml-dtypes", "numpy", "onnx", "protobuf", "typing-extensions")
+"""What the script needs, and what that does. What the SDK needs, the trainer brings."""
 
 TRAIN_SECTION = """train:
   source: {path: source}

@@ -10,6 +10,14 @@ with headrace.start_run(experiment="flight-delays") as run:
 
 from __future__ import annotations
 
+import os
+import sys
+from importlib.util import find_spec
+
+if find_spec("httpx") is None and "HEADRACE_PACKAGES" in os.environ:
+    # A trainer shows its trainings this package without installing it; what it needs lies beside it, behind all that is the script's own.
+    sys.path.append(os.environ["HEADRACE_PACKAGES"])
+
 from headrace.datasets import DatasetVersion, pull_dataset, push_dataset
 from headrace.http import Client, Denied, HeadraceError, InvalidInput, Unreachable
 from headrace.runs import Run, start_run

@@ -45,6 +45,9 @@ from trainer.settings import TrainerSettings
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 _URL_TTL_S = 3_600
 
+SDK_IMPORTS = ("httpx", "httpcore", "h11", "anyio", "idna", "certifi", "typing_extensions")
+"""What the SDK's import of httpx needs: pure Python, all of it."""
+
 
 def build(settings: TrainerSettings) -> Sequence[Component]:
     """The trainer's components in the order in which they start."""
@@ -54,7 +57,8 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     queue = JobQueue(engine, SCHEMA, clock, ids)
     outbox = Outbox(eventing_schema.tables(SCHEMA))
     store = SqlStore(engine, queue, outbox, EventEncoder(clock, ids))
-    trainer = _trainer(settings, store, S3Store(settings.s3), clock, ids)
+    objects = S3Store(settings.s3)
+    trainer = _trainer(settings, store, objects, clock, ids)
     attempts = Attempts(trainer, store, _state_dir(settings))
     folder = StateFolder(_state_dir(settings))
     worker = Worker(
@@ -71,7 +75,7 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     server.add(service_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(trainer), SERVICE)
     server.add(registry_pb2_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(trainer), SECTION_SERVICE)
     return [
-        Closing(broker.close, engine.dispose),
+        Closing(broker.close, engine.dispose, objects.stop),
         folder,
         SandboxCheck(),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/trainer", settings.topic_prefix, outbox=outbox),
@@ -93,6 +97,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
         queue = JobQueue(engine, SCHEMA, clock, ids)
         store = SqlStore(engine, queue, Outbox(eventing_schema.tables(SCHEMA)), EventEncoder(clock, ids))
         objects = S3Store(settings.s3)
+        stack.push_async_callback(objects.stop)
         trainer = _trainer(settings, store, objects, clock, ids)
         channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
         stack.push_async_callback(channel.close)
@@ -113,7 +118,8 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
                 clock=clock,
                 options=Options(
                     url=settings.public_url,
-                    sdk=_sdk(),
+                    sdk=_package("headrace"),
+                    packages=[_package(name) for name in SDK_IMPORTS],
                     run_lease_s=settings.run_lease_s,
                     visible=[Path(path) for path in settings.sandbox_visible.split(":") if path],
                     egress=_egress(settings),
@@ -148,9 +154,10 @@ def _state_dir(settings: TrainerSettings) -> Path:
     return settings.state_dir.absolute()
 
 
-def _sdk() -> Path:
-    """The folder of the `headrace` package, without importing it: training scripts see it, the trainer does not use it."""
-    spec = importlib.util.find_spec("headrace")
+def _package(name: str) -> Path:
+    """Where an installed package lies, without importing it: training scripts see it."""
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise RuntimeError("the package headrace is not installed beside the trainer")
-    return Path(spec.origin).parent
+        raise RuntimeError(f"the package {name} is not installed beside the trainer")
+    origin = Path(spec.origin)
+    return origin.parent if origin.name == "__init__.py" else origin

@@ -39,17 +39,19 @@ RENEW_S = 5.0
 """Seconds between two renewals of the run's lease."""
 
 SDK = "/headrace/sdk"
+PACKAGES = "/headrace/packages"
 _NO_SPACE = ("No space left on device", "Errno 28", "ENOSPC")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What is the same for all attempts. `url` is where the user's code finds Headrace, `sdk` the folder of the `headrace` package,
-    `egress` all that it may reach."""
+    `packages` what that imports, for code whose own environment has it not, `egress` all that it may reach."""
 
     url: str
     sdk: Path
     run_lease_s: int
+    packages: Sequence[Path] = ()
     visible: Sequence[Path] = ()
     egress: frozenset[Destination] = frozenset()
 
@@ -198,11 +200,13 @@ class Attempt:
             "ORT_DISABLE_TELEMETRY": "1",  # else onnxruntime would try, and each training's log show that it was refused
             "PYTHONHASHSEED": str(training.seed),
             "HEADRACE_SEED": str(training.seed),
+            "HEADRACE_PACKAGES": PACKAGES,
             "HEADRACE_URL": self._options.url,
             "HEADRACE_RUN_ID": run.run_id,
             "HEADRACE_TOKEN": run.token,
         }
-        visible = [*sandbox.visible_python(venv), (self._options.sdk, f"{SDK}/headrace"), *self._options.visible]
+        ours = [(self._options.sdk, f"{SDK}/headrace"), *((path, f"{PACKAGES}/{path.name}") for path in self._options.packages)]
+        visible = [*sandbox.visible_python(venv), *ours, *self._options.visible]
         return Command(words, environment, source=source, visible=visible, egress=Egress(self._options.egress, self._log.note))
 
     async def _fetch(self, training: Training, folder: Path) -> str:
