@@ -262,6 +262,9 @@ async def test_a_data_set_is_uploaded_registered_and_read_by_version(running: An
 async def test_a_holdout_is_kept_from_runs(running: Any) -> None:
     stub = running.stub("gateway")
     with rpc.acting_for(ADA):
+        copied, _ = await put(stub, b"april", dataset="copy")  # before there is a holdout of it
+        copy = (await stub.RegisterDataset(pb.RegisterDatasetRequest(name="copy", upload_id=copied))).dataset
+        assert not copy.holdout
         exam, _ = await put(stub, b"april", dataset="exam")
         register = pb.RegisterDatasetRequest(name="exam", upload_id=exam, holdout=True)
         holdout = (await stub.RegisterDataset(register)).dataset
@@ -269,9 +272,11 @@ async def test_a_holdout_is_kept_from_runs(running: Any) -> None:
         assert (await stub.RegisterDataset(register)).dataset == holdout
         with pytest.raises(Conflict, match="exam version 1 has this content and is a holdout, which never changes"):
             await stub.RegisterDataset(pb.RegisterDatasetRequest(name="exam", upload_id=exam))
-        copied, _ = await put(stub, b"april", dataset="copy")
-        copy = (await stub.RegisterDataset(pb.RegisterDatasetRequest(name="copy", upload_id=copied))).dataset
-        assert not copy.holdout
+        late, _ = await put(stub, b"april", dataset="late")
+        with pytest.raises(
+            Conflict, match="this content is version 1 of the holdout exam; a training may not read it: push it with --holdout"
+        ):
+            await stub.RegisterDataset(pb.RegisterDatasetRequest(name="late", upload_id=late))
         with pytest.raises(Conflict, match="copy version 1 has this content and is not a holdout"):
             await stub.RegisterDataset(pb.RegisterDatasetRequest(name="copy", upload_id=copied, holdout=True))
         march, _ = await put(stub, b"march", dataset="exam")  # another version of the same data set may be read
@@ -285,10 +290,14 @@ async def test_a_holdout_is_kept_from_runs(running: Any) -> None:
         assert await fetch(download.url) == b"april"  # people may
         run = await stub.CreateRun(pb.CreateRunRequest())
     with rpc.acting_for(Caller("gateway", "run", frozenset(), run.run.run_id, 0)):
-        for kept in (holdout.ref, copy.ref):  # what counts is the content, not the name
-            with pytest.raises(Forbidden, match="exam version 1 is a holdout: models are judged on it, so no run may read it"):
+        # What counts is the content, not the name.
+        for kept, why in (
+            (holdout.ref, "exam version 1 is a holdout"),
+            (copy.ref, "copy version 1 is the same content as the holdout exam version 1"),
+        ):
+            with pytest.raises(Forbidden, match=f"{why}: models are judged on it, so no run may read it"):
                 await stub.GetDownload(pb.GetDownloadRequest(dataset=kept))
-            with pytest.raises(Conflict, match=r"exam version 1 is a holdout.*; train on other rows"):
+            with pytest.raises(Conflict, match=rf"{why}.*; train on other rows"):
                 await stub.LogInputs(pb.LogInputsRequest(run_id=run.run.run_id, inputs=[kept]))
         await stub.LogInputs(pb.LogInputsRequest(run_id=run.run.run_id, inputs=[rows.ref]))
         assert await fetch((await stub.GetDownload(pb.GetDownloadRequest(dataset=rows.ref))).url) == b"march"

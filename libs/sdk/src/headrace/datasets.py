@@ -33,7 +33,8 @@ def push_dataset(
     `schema` is [{"name", "type"}] of the columns; left out, a Parquet file's own schema is used when pyarrow is installed.
     A `holdout` is for judging models: no training may read it, and a version never becomes one or ceases to be one.
     Repeatable: the same content answers the version that it has. Raises InvalidInput when there is no such file, or when the version
-    that has this content is a holdout and this is to be none, or the other way round.
+    that has this content is a holdout and this is to be none, or the other way round; or when this is to be none and the content is
+    that of a holdout of another name.
     """
     file = Path(path)
     if not file.is_file():

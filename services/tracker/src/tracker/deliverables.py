@@ -125,7 +125,7 @@ class Deliverables:
             if dataset is None:
                 raise NotFound(f"there is no data set {name}{f' version {version}' if version else ''}")
             if caller.run_id is not None and (holdout := await work.datasets.holdout_of(dataset.blob.sha256)):
-                raise Forbidden(f"{no_training_on(holdout)}; ask for other rows, or pull it with a key of your own")
+                raise Forbidden(f"{no_training_on(dataset, holdout)}; ask for other rows, or pull it with a key of your own")
         return await self._download(caller, dataset.blob)
 
     async def log_model(
@@ -173,7 +173,8 @@ class Deliverables:
     async def register_dataset(self, caller: Caller, name: str, upload_id: str, schema_json: str, holdout: bool = False) -> Dataset:
         """Makes a completed upload the next version of a data set; the same content answers the version that it has.
 
-        Raises Conflict when that version is a holdout and this is to be none, or the other way round: that never changes.
+        Raises Conflict when that version is a holdout and this is to be none, or the other way round: that never changes; and when a
+        holdout of another name has this content and this is to be none: no training could read it.
         """
         with told():
             schema = rules.check_schema(schema_json)
@@ -192,6 +193,11 @@ class Deliverables:
                 what = "is a holdout" if stored.holdout else "is not a holdout"
                 raise Conflict(
                     f"{name} version {stored.version} has this content and {what}, which never changes; register it under another name"
+                )
+            if not holdout and (exam := await work.datasets.holdout_of(upload.object.sha256)):
+                raise Conflict(
+                    f"this content is version {exam.version} of the holdout {exam.name}; a training may not read it: "
+                    "push it with --holdout or leave it out"
                 )
             return stored
 

@@ -89,9 +89,11 @@ def found_run(run: Run | None, run_id: str) -> Run:
     return run
 
 
-def no_training_on(holdout: Dataset) -> str:
-    """Why a run gets nothing of a holdout."""
-    return f"{holdout.name} version {holdout.version} is a holdout: models are judged on it, so no run may read it"
+def no_training_on(asked: Dataset, holdout: Dataset) -> str:
+    """Why a run does not get the version that it asked for: a holdout has its content."""
+    same = (asked.name, asked.version) == (holdout.name, holdout.version)
+    what = "a holdout" if same else f"the same content as the holdout {holdout.name} version {holdout.version}"
+    return f"{asked.name} version {asked.version} is {what}: models are judged on it, so no run may read it"
 
 
 class Tracker:
@@ -285,7 +287,7 @@ class Tracker:
                 if asked.sha256 not in ("", dataset.blob.sha256):
                     raise Conflict(f"data set {asked.name} version {asked.version} has the hash {dataset.blob.sha256}")
                 if holdout := await work.datasets.holdout_of(dataset.blob.sha256):
-                    raise Conflict(f"{no_training_on(holdout)}; train on other rows")
+                    raise Conflict(f"{no_training_on(dataset, holdout)}; train on other rows")
                 refs.append(DatasetRef(dataset.name, dataset.version, dataset.blob.sha256))
             await work.runs.log_inputs(run_id, refs)
 
