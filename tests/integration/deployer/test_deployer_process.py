@@ -18,6 +18,7 @@ import httpx
 import onnx
 import pytest
 from artifacts.s3 import S3Store
+from contracts.deployer.v1 import events_pb2 as deploys
 from contracts.deployer.v1 import service_pb2 as pb
 from contracts.deployer.v1 import service_pb2_grpc
 from contracts.eventing.v1 import service_pb2 as dead
@@ -219,6 +220,76 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
     finally:
         await gateway.stop()
         await broker.close()
+
+
+class Callers:
+    """One who asks, request after request, the arm that has all traffic, and counts answers: `right`, and everything else."""
+
+    def __init__(self, gateway: Any) -> None:
+        self.right = 0
+        self.others: list[str] = []
+        self._gateway = gateway
+
+    async def __aenter__(self) -> Callers:
+        self._task = asyncio.create_task(self._ask())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _ask(self) -> None:
+        body = {"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [3.0]}]}
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while True:
+                (arm,) = [arm for arm in self._gateway.route().arms if arm.weight_bps == 10_000]
+                answer = await client.post(f"http://{arm.upstream}/v2/models/{arm.runtime_model}/infer", json=body)
+                if answer.status_code == 200 and answer.json()["outputs"][0]["data"] == [6.0]:
+                    self.right += 1
+                else:
+                    self.others.append(answer.text)
+
+
+async def test_a_model_that_triton_refuses_is_rolled_back_with_its_words_and_callers_notice_nothing(
+    process: Process, stand_parts: Any, stack_servers: Any, topic_prefix: str
+) -> None:
+    gateway_class, registry_class, serve, eventually = stand_parts
+    broker = KafkaBroker(stack_servers.kafka, "test")
+    store = S3Store(stack_servers.s3)
+    await topics.ensure_topics(broker, topic_prefix)
+    registry = registry_class(topic_prefix)
+    gateway = gateway_class(broker, prefix=topic_prefix)
+    await process.start()
+    try:
+        await gateway.start()
+        await publish(broker, registry.applied(serve()))
+        rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.0], [6.0]]}}
+        await publish(broker, await registry.promoted(store, 1, model(2.0), rows))
+        await eventually(lambda: gateway.weights() == {1: 10_000}, "version 1 to be routed")
+
+        async def ended(version: int, state: str) -> bool:
+            return await state_of(process, version) == state
+
+        await eventually(lambda: ended(1, "completed"), "version 1 to be completed", within_s=60)
+        broken = onnx.load_from_string(model(2.0))
+        broken.graph.node[0].op_type = "Frobnicate"
+        async with Callers(gateway) as callers:
+            await eventually(lambda: callers.right > 0, "callers to be answered")
+            await publish(broker, await registry.promoted(store, 2, broken.SerializeToString(), rows, champion=1))
+            await eventually(lambda: ended(2, "rolled_back"), "version 2 to be rolled back", within_s=60)
+            answered = callers.right
+            await eventually(lambda: callers.right > answered, "callers to be answered still")
+        refused = await rollout_of(process, 2)
+        assert refused.cause == deploys.END_CAUSE_RUNTIME
+        assert "Frobnicate" in refused.reason
+        assert gateway.weights() == {1: 10_000}
+        assert 2 not in gateway.served
+        assert callers.others == []
+    finally:
+        await gateway.stop()
+        await broker.close()
+        await store.stop()
 
 
 async def check_calls(process: Process) -> None:
