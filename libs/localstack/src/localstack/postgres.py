@@ -7,15 +7,18 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from localstack.cache import Progress
 from localstack.errors import Missing, StackError
 from localstack.ports import LOOPBACK
-from localstack.process import Child, identify, nobody, spawn, stop_process
+from localstack.process import Child, identify, is_zombie, nobody, spawn, stop_process
 
 SUPERUSER = "headrace"
+_REAPED_S = 10.0
 
 
 def binaries() -> Path:
@@ -141,7 +144,11 @@ class Postgres:
 
     @staticmethod
     def _end_leftover(pid_file: Path) -> None:
-        """A postmaster of a supervisor that was killed may still be ending: PostgreSQL would refuse to start beside it."""
+        """A postmaster of a supervisor that was killed may still be ending: PostgreSQL would refuse to start beside it.
+
+        One that has ended but that nobody has reaped yet looks alive to PostgreSQL too. It is waited for; and where nobody ever
+        reaps (a container whose first process does not), its lock file is removed, unless one of its backends is left.
+        """
         try:
             pid = int(pid_file.read_text().splitlines()[0])
         except (FileNotFoundError, IndexError, ValueError):
@@ -150,6 +157,22 @@ class Postgres:
         executable = Path(f"/proc/{pid}/exe")
         if identity is not None and executable.exists() and executable.resolve().name == "postgres":
             stop_process(identity, 5)
+        deadline = time.monotonic() + _REAPED_S
+        while is_zombie(pid):
+            if time.monotonic() > deadline:
+                if not _at_work_in(pid_file.parent):
+                    pid_file.unlink(missing_ok=True)
+                return
+            time.sleep(0.02)
+
+
+def _at_work_in(folder: Path) -> bool:
+    """Whether a process has this folder as its working directory, as all of a PostgreSQL have their data."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            if link.readlink() == folder:
+                return True
+    return False
 
 
 def _environment() -> dict[str, str]:

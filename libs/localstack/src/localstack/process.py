@@ -43,6 +43,15 @@ def identify(pid: int) -> ProcessId | None:
     return None if started is None else ProcessId(pid, started)
 
 
+def is_zombie(pid: int) -> bool:
+    """Whether the process has ended and nobody has taken note of it yet: its id is still in use."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat[stat.rindex(")") + 2] == "Z"
+
+
 def _start_time(pid: int) -> int | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
