@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -14,7 +16,7 @@ from headrace.cli import training
 from headrace.cli.app import app, main
 from headrace.cli.output import fail, table
 from headrace.config import NotConfigured, connection
-from headrace.http import InvalidInput
+from headrace.http import Client, InvalidInput
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
@@ -125,6 +127,33 @@ def test_run_with_a_broken_delivery_file(
     assert message in capsys.readouterr().err
 
 
+def test_a_source_folder_is_packed_without_what_git_ignores(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / ".gitignore").write_text("*.zip\n")
+    for name in ("train.py", "new.py", "flights.zip"):
+        (source / name).write_text("x")
+    subprocess.run(["git", "-C", tmp_path, "add", "source/train.py"], check=True)
+    assert [path.name for path in training._files(source)] == ["new.py", "train.py"]
+
+
+def test_a_source_folder_with_a_holdout_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "april.parquet").write_bytes(b"the exam")
+    digest = hashlib.sha256(b"the exam").hexdigest()
+    dataset = {"ref": {"name": "flights-holdout", "version": 3}, "blob": {"sha256": digest, "size_bytes": 8}, "holdout": True}
+
+    class Datasets(Client):
+        def __init__(self) -> None:
+            """No connection: one answer."""
+
+        def get(self, path: str, **params: Any) -> dict[str, Any]:
+            return {"datasets": [dataset]}
+
+    with pytest.raises(InvalidInput, match=r"april\.parquet is version 3 of the holdout flights-holdout"):
+        training.upload_source(Datasets(), tmp_path)
+
+
 def test_a_source_folder_is_packed_the_same_each_time_without_what_does_not_belong(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)
@@ -134,9 +163,9 @@ def test_a_source_folder_is_packed_the_same_each_time_without_what_does_not_belo
     (source / ".git" / "config").write_text("secret")
     (source / "link").symlink_to("/etc/passwd")
     first, second = tmp_path / "1.tar.gz", tmp_path / "2.tar.gz"
-    training._pack(source, first)
+    training._pack(source, training._files(source), first)
     (source / "train.py").touch()
-    training._pack(source, second)
+    training._pack(source, training._files(source), second)
     assert first.read_bytes() == second.read_bytes()
     with tarfile.open(first) as tar:
         assert tar.getnames() == ["sub/data.txt", "train.py"]

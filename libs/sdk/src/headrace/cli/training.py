@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json as jsonlib
+import os
 import subprocess
 import tarfile
 import tempfile
@@ -147,10 +148,15 @@ def _find_source(file: Path, path: str) -> Path:
 
 
 def upload_source(client: Client, folder: Path) -> Json:
-    """Packs a folder and uploads it; returns the `source` of a training. Repeatable: the same files are not sent again."""
+    """Packs a folder and uploads it; returns the `source` of a training. Repeatable: the same files are not sent again.
+
+    Left out is what git ignores. Raises InvalidInput when a file is one of the holdouts.
+    """
+    files = _files(folder)
+    _refuse_holdouts(client, files)
     with tempfile.TemporaryDirectory(prefix="headrace-source-") as scratch:
         archive = Path(scratch) / "source.tar.gz"
-        _pack(folder, archive)
+        _pack(folder, files, archive)
         digest, size = sha256_of(archive)
         ticket = client.post("/api/v1/trainings/source-uploads", {"sha256": digest, "size_bytes": size}, repeatable=True)
         if ticket.get("url"):
@@ -159,18 +165,39 @@ def upload_source(client: Client, folder: Path) -> Json:
     return {"upload_id": ticket["upload_id"], **_git(folder)}
 
 
-def _pack(folder: Path, archive: Path) -> None:
+def _files(folder: Path) -> list[Path]:
+    """What a training gets of a folder, sorted: in a git checkout what git does not ignore; never links."""
+    words = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "."]
+    try:
+        listed = subprocess.run(words, capture_output=True, check=True, timeout=30).stdout
+        found = {folder / os.fsdecode(name) for name in listed.split(b"\0") if name}
+    except (OSError, subprocess.SubprocessError):  # not a git checkout
+        found = set(folder.rglob("*"))
+    kept = (path for path in found if not any(part in _SKIPPED for part in path.relative_to(folder).parts))
+    return sorted(path for path in kept if not path.is_symlink() and path.is_file())
+
+
+def _refuse_holdouts(client: Client, files: list[Path]) -> None:
+    """A file that is a holdout would show a training its exam."""
+    holdouts = {one["blob"]["sha256"]: one for one in client.get("/api/v1/datasets").get("datasets", []) if one.get("holdout")}
+    sizes = {int(one["blob"]["size_bytes"]) for one in holdouts.values()}
+    for path in files:
+        if path.stat().st_size in sizes and (found := holdouts.get(sha256_of(path)[0])):
+            raise InvalidInput(
+                f"{path} is version {found['ref']['version']} of the holdout {found['ref']['name']}, which no training may read: "
+                "move it out of the source folder, or name it in .gitignore"
+            )
+
+
+def _pack(folder: Path, files: list[Path], archive: Path) -> None:
     """The same files give the same bytes, so that what is stored already is not sent again."""
     with (
         archive.open("wb") as raw,
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w") as tar,
     ):
-        for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
-            if any(part in _SKIPPED for part in relative.parts) or path.is_symlink() or not path.is_file():
-                continue
-            info = tarfile.TarInfo(str(relative))
+        for path in files:
+            info = tarfile.TarInfo(str(path.relative_to(folder)))
             info.size, info.mode = path.stat().st_size, 0o755 if path.stat().st_mode & 0o100 else 0o644
             tar.addfile(info, io.BytesIO(path.read_bytes()))
 
