@@ -27,9 +27,11 @@ from registry.adapters.webhooks import WebhookPost, WebhookSender
 from registry.entrypoints import translate
 from registry.entrypoints.consumer import TOPICS, EventHandlers
 from registry.entrypoints.grpc import ACCESS, ACCESS_SERVICE, DEAD_LETTERS, REGISTRY, AccessServicer, RegistryServicer
+from registry.entrypoints.republisher import Republisher
 from registry.handlers.access import Access
 from registry.handlers.audit import AuditTrail
 from registry.handlers.deliveries import Deliveries
+from registry.handlers.snapshots import Snapshots
 from registry.handlers.versions import VersionEvents, Versions
 from registry.settings import RegistrySettings
 
@@ -80,6 +82,7 @@ def build(settings: RegistrySettings, broker: Broker | None = None) -> Sequence[
         _FirstKey(access, settings.bootstrap_admin_key_hash),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/registry", settings.topic_prefix, outbox=outbox),
         consumer,
+        Republisher(Snapshots(store)),
     ]
     if settings.webhook_url:
         secret = settings.webhook_secret.get_secret_value()

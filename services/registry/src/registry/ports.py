@@ -78,6 +78,10 @@ class DeliveryRepository(Protocol):
         """Stores a new newest revision with its claims, and tells it to the other services."""
         ...
 
+    async def publish_again(self, most: int) -> int:
+        """Tells the newest snapshots whose turn it is once more, this many at most, under the locks of their rows; how many."""
+        ...
+
 
 class ModelRepository(Protocol):
     """Models with their versions, aliases and requests for approval."""
@@ -128,6 +132,10 @@ class KeyRepository(Protocol):
 
     async def store(self, key: ApiKey) -> None:
         """Stores a key at its new revision, and tells it to the gateways."""
+        ...
+
+    async def publish_again(self, most: int) -> int:
+        """Tells the newest snapshots whose turn it is once more, this many at most, under the locks of their rows; how many."""
         ...
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Select, delete, insert, select, text, tuple_
+from servicekit.clock import Clock
+from sqlalchemy import Select, delete, insert, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from registry.adapters.again import due
 from registry.adapters.outgoing import Outgoing
 from registry.adapters.tables import claim, delivery, delivery_revision
 from registry.domain.deliveries import Claim, Revision
@@ -21,9 +23,10 @@ _EXCLUSIVELY = text("SELECT pg_advisory_xact_lock(hashtextextended('registry.del
 class SqlDeliveries:
     """Implements ports.DeliveryRepository within one transaction."""
 
-    def __init__(self, conn: AsyncConnection, outgoing: Outgoing) -> None:
+    def __init__(self, conn: AsyncConnection, outgoing: Outgoing, clock: Clock) -> None:
         self._conn = conn
         self._outgoing = outgoing
+        self._clock = clock
 
     async def exclusively(self) -> None:
         await self._conn.execute(_EXCLUSIVELY)
@@ -56,15 +59,30 @@ class SqlDeliveries:
     async def store(self, revision: Revision) -> None:
         row = {column.name: getattr(revision, column.name) for column in delivery_revision.columns} | {"sections": dict(revision.sections)}
         await self._conn.execute(insert(delivery_revision).values(row))
-        newest = {"revision": revision.revision, "deleted": revision.deleted}
-        statement = upsert(delivery).values(name=revision.name, **newest)
-        await self._conn.execute(statement.on_conflict_do_update(index_elements=["name"], set_=newest))
+        now = self._clock.now()
+        newest = {"revision": revision.revision, "deleted": revision.deleted, "changed_at": now, "published_at": now}
+        statement = upsert(delivery).values(name=revision.name, sequence=1, **newest)
+        statement = statement.on_conflict_do_update(index_elements=["name"], set_=newest | {"sequence": delivery.c.sequence + 1})
+        sequence = (await self._conn.execute(statement.returning(delivery.c.sequence))).scalar_one()
         await self._conn.execute(delete(claim).where(claim.c.delivery == revision.name))
         if revision.claims:
             rows = [{"kind": one.kind, "name": one.name, "delivery": revision.name} for one in revision.claims]
             await self._conn.execute(insert(claim), rows)
-        # A revision is one event, so the revision is the key's sequence too.
-        await self._outgoing.add(DeliveryApplied(revision), revision.name, revision.revision)
+        await self._outgoing.add(DeliveryApplied(revision), revision.name, sequence)
+
+    async def publish_again(self, most: int) -> int:
+        now = self._clock.now()
+        query = select(delivery).where(due(delivery, now)).order_by(delivery.c.published_at).limit(most).with_for_update(skip_locked=True)
+        rows = (await self._conn.execute(query)).all()
+        for row in rows:
+            newest = await self.revision(row.name, row.revision)
+            if newest is None:
+                raise RuntimeError(f"revision {row.revision} of the delivery {row.name} is missing")
+            await self._conn.execute(
+                update(delivery).where(delivery.c.name == row.name).values(sequence=row.sequence + 1, published_at=now)
+            )
+            await self._outgoing.add(DeliveryApplied(newest), row.name, row.sequence + 1)
+        return len(rows)
 
     async def _first(self, query: Select[Any]) -> Revision | None:
         row = (await self._conn.execute(query)).mappings().first()

@@ -24,8 +24,8 @@ class SqlSession:
     def __init__(self, conn: AsyncConnection, outbox: Outbox, encode: Encode, clock: Clock, ids: Ids, webhooks: bool) -> None:
         outgoing = Outgoing(conn, outbox, encode, clock, ids)
         self.audit = SqlAudit(conn)
-        self.deliveries = SqlDeliveries(conn, outgoing)
-        self.keys = SqlKeys(conn, outgoing)
+        self.deliveries = SqlDeliveries(conn, outgoing, clock)
+        self.keys = SqlKeys(conn, outgoing, clock)
         self.models = SqlModels(conn, outgoing, self.audit, WebhookQueue(conn, clock, ids, enabled=webhooks))
 
 

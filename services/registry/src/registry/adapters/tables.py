@@ -41,8 +41,13 @@ def _flag(name: str) -> Column[bool]:
     return Column(name, Boolean, nullable=False)
 
 
+def _publication() -> tuple[Column[int], Column[datetime], Column[datetime]]:
+    """Of a row that is one key of a compacted topic: the sequence of its last event, and when it changed and was last published."""
+    return _number("sequence"), _time("changed_at"), _time("published_at")
+
+
 # The newest revision of each delivery; its row is what is locked.
-delivery = Table("delivery", metadata, _text("name", True), _number("revision"), _flag("deleted"))
+delivery = Table("delivery", metadata, _text("name", True), _number("revision"), _flag("deleted"), *_publication())
 
 delivery_revision = Table(
     "delivery_revision",
@@ -149,6 +154,7 @@ api_key = Table(
     _time("created_at"),
     _time("expires_at", nullable=True),
     _flag("revoked"),
+    *_publication(),
 )
 
 audit = Table(
