@@ -144,16 +144,9 @@ def test_there_is_a_caller_only_within_a_request() -> None:
 def test_api_keys() -> None:
     key_id, text, digest = access.new_api_key(SequentialIds())
     assert text.startswith(f"hr_{key_id}_")
-    assert access.api_key_id(text) == key_id
     assert access.matches(text, digest)
     assert not access.matches(text + "x", digest)
     assert len({access.new_api_key(SystemIds())[1] for _ in range(100)}) == 100
-
-
-@pytest.mark.parametrize("text", ["", "hr_", "hr_abc_short", "hx_abc_" + "x" * 32, "hrr_abc.def", "hr__" + "x" * 32])
-def test_what_is_no_api_key(text: str) -> None:
-    with pytest.raises(Unauthenticated):
-        access.api_key_id(text)
 
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)

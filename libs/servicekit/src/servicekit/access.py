@@ -128,14 +128,6 @@ def new_api_key(ids: Ids) -> tuple[str, str, str]:
     return key_id, text, hash_secret(text)
 
 
-def api_key_id(text: str) -> str:
-    """The key id within the text of an API key, by which its hash is found. Raises Unauthenticated when it is not written like one."""
-    parts = text.split("_", 2)
-    if len(parts) != 3 or parts[0] != "hr" or not parts[1] or len(parts[2]) != 32:
-        raise Unauthenticated("not an API key")
-    return parts[1]
-
-
 def new_service_token(name: str) -> tuple[str, str]:
     """A new service token: (the text for its HEADRACE_SERVICE_TOKEN, the hash for the HEADRACE_SERVICE_TOKEN_HASHES of others)."""
     text = f"{name}.{secrets.token_urlsafe(32)}"
