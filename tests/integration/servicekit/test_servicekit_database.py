@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
+from eventing.faults import passes
 from localstack.server import crash, restart
 from servicekit import db, migrate
 from servicekit.errors import HeadraceError, Invalid, Unavailable
@@ -203,6 +207,59 @@ async def test_a_server_that_is_away_passes_and_comes_back(own_postgres: Callabl
                     if not db.is_transient(error):
                         raise
                     await asyncio.sleep(0.02)
+    finally:
+        await engine.dispose()
+
+
+@contextlib.contextmanager
+def frozen(server: Any) -> Iterator[None]:
+    """Stops the server and all of its processes as they are: links stay, and nothing answers."""
+    lines = (server.directory / "data" / "postmaster.pid").read_text().splitlines()
+    postmaster = psutil.Process(int(lines[0]))
+    processes = [postmaster, *postmaster.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+async def test_a_server_that_hangs_is_given_up_and_comes_back(own_postgres: Callable[[], Any]) -> None:
+    server = own_postgres()
+    engine = db.create_engine(sqlalchemy_url(server.dsn), pool_size=1, command_timeout_s=1)
+    watching = db.create_engine(sqlalchemy_url(server.dsn), pool_size=1)
+    try:
+        assert await failure(engine, "SELECT 1 / 0")
+        running = asyncio.create_task(failure(engine, "SELECT pg_sleep(600)"))
+        async with asyncio.timeout(30), watching.connect() as connection:
+            begun = 0
+            while not begun:
+                await asyncio.sleep(0.02)
+                begun = await connection.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)'"))
+        with frozen(server):
+            async with asyncio.timeout(60):
+                error = await running
+                again = await failure(engine, "SELECT 1")
+        for one in (error, again):
+            assert type(db.translate(one)) is Unavailable, repr(one)
+            assert passes(one)
+        async with asyncio.timeout(30), engine.connect() as connection:
+            assert await connection.scalar(text("SELECT 1")) == 1
+    finally:
+        await engine.dispose()
+        await watching.dispose()
+
+
+async def test_the_system_watches_the_link(database: str) -> None:
+    engine = db.create_engine(sqlalchemy_url(database))
+    try:
+        async with engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            link = raw.driver_connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
+            assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert 0 < link.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 30_000
     finally:
         await engine.dispose()
 

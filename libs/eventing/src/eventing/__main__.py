@@ -35,7 +35,7 @@ def _time(text: str) -> datetime:
 
 
 async def _run(chosen: argparse.Namespace) -> str:
-    engine = db.create_engine(os.environ["HEADRACE_DATABASE_URL"], pool_size=1)
+    engine = db.create_engine(os.environ["HEADRACE_DATABASE_URL"], pool_size=1, command_timeout_s=None)
     try:
         if chosen.command == "republish":
             count = await republish_since(engine, chosen.schema, chosen.since, chosen.topic)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncpg
 from servicekit import db
 from servicekit.errors import Transient
 from sqlalchemy import exc as sa_exc
@@ -10,8 +9,7 @@ from sqlalchemy import exc as sa_exc
 
 def passes(exc: BaseException) -> bool:
     """Whether an error may pass by itself: a server is away, busy, or chose this transaction to give way."""
-    # asyncpg loses count of what it waits for when its server dies in the middle of a statement, and says only this.
-    return isinstance(exc, Transient | asyncpg.InternalClientError) or db.is_transient(exc)
+    return isinstance(exc, Transient) or db.is_transient(exc)
 
 
 def is_conflict(exc: BaseException) -> bool:
