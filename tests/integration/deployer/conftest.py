@@ -250,6 +250,7 @@ class Stand:
     """One deployer (or several) and the world around it."""
 
     url: str
+    endpoint: str = ENDPOINT
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     artifacts: MemoryStore = field(default_factory=MemoryStore)
     runtime: MemoryRuntime = field(default_factory=lambda: MemoryRuntime(answer))

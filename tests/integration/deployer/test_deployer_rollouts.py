@@ -109,12 +109,13 @@ async def test_of_two_first_versions_the_second_waits_for_its_verdict_unless_the
     await stand.apply()
     await stand.gateway()
     stand.runtime.away = True
-    await stand.promote(1, stored=b"")  # its artifact is missing, which shows when it is loaded
+    stand.runtime.refuses = lambda content: "unsupported opset 99" if "v1" in json_of(content) else None
+    await stand.promote(1)
     await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "preparing"), "version 1 to be prepared")
     await stand.promote(2)
     await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "waiting"), "version 2 to wait")
     stand.runtime.away = False
-    assert (await stand.ended(1, "deploy.rolled_back")).cause == deploys.END_CAUSE_ARTIFACT
+    assert (await stand.ended(1, "deploy.rolled_back")).cause == deploys.END_CAUSE_RUNTIME
     assert (await stand.ended(2, "deploy.completed")).first
     await stand.promote(3, champion=0)  # judged at the same time
     assert (await stand.ended(3, "deploy.superseded")).by_version == 2
@@ -143,6 +144,10 @@ async def test_a_good_version_walks_through_shadow_and_steps_and_keeps_the_one_b
     assert gateway.served[2] >= 140
     # Kept for the rollback window.
     assert len(stand.runtime.loaded) == 2
+    # Of an endpoint's arms, of which there are more with every version, only those are read that somebody asks for.
+    serving = (await stand.deployer().endpoint(stand.endpoint)).endpoint.serving
+    async with stand.deployer()._store.transaction() as work:
+        assert set(await work.arms(stand.endpoint, [serving, None])) == {serving}
 
     record, log = await stand.deployer().explain(completed.rollout.rollout_id, 0, 10_000)
     states = [row.target for row in log if row.reason != "window"]

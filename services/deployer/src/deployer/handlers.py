@@ -151,7 +151,7 @@ class Deployer:
             if rollout_id is None:
                 return None
             waiting = await self._found(work, rollout_id)
-            serving = (await work.arms(endpoint)).get(record.endpoint.serving or "")
+            serving = (await work.arms(endpoint, [record.endpoint.serving])).get(record.endpoint.serving or "")
             baseline = 0 if serving is None else serving.version.version
             # Another model's version on the same endpoint was never its champion.
             same = serving is not None and serving.version.model_id == waiting.version.model_id
@@ -230,7 +230,8 @@ class Deployer:
         async with self._store.transaction() as work:
             await work.fence(epoch)
             record = await self._locked(work, endpoint)
-            arms = await work.arms(endpoint)
+            loaded = [model for model in await work.models() if model.endpoint == endpoint and model.wanted]
+            arms = await work.arms(endpoint, [model.arm for model in loaded])
             needed = {record.endpoint.serving, record.endpoint.previous}
             for rollout_id in (record.endpoint.live, record.endpoint.waiting):
                 if rollout_id is not None:
@@ -240,11 +241,8 @@ class Deployer:
                 acknowledged = record.route.revision
             free = [
                 model
-                for model in await work.models()
-                if model.endpoint == endpoint
-                and model.wanted
-                and model.arm not in needed
-                and (arms[model.arm].last_revision == 0 or arms[model.arm].last_revision < acknowledged)
+                for model in loaded
+                if model.arm not in needed and (arms[model.arm].last_revision == 0 or arms[model.arm].last_revision < acknowledged)
             ]
             for model in free:
                 await work.save_model(replace(model, wanted=False))
@@ -342,7 +340,8 @@ class Deployer:
                     await work.log(rollout.id, rollout.state, rollout.state, f"alarm: {event.reason}", event.detail)
                     told.append(event)
                 case ev.RouteSet():
-                    route = routes.of_rollout(event, rollout, await work.arms(rollout.endpoint), self._upstreams)
+                    arms = await work.arms(rollout.endpoint, [rollout.canary, rollout.baseline])
+                    route = routes.of_rollout(event, rollout, arms, self._upstreams)
                     await self._named(work, route)
                     await work.publish(route)
                     endpoint = replace(endpoint, route=route)
@@ -355,7 +354,7 @@ class Deployer:
                 case _ if isinstance(event, ANNOUNCED):
                     told.append(event)
         after = replace(endpoint, endpoint=endpoints.apply(endpoint.endpoint, rollout, events))
-        arms = await work.arms(rollout.endpoint) if told else {}
+        arms = await work.arms(rollout.endpoint, [rollout.baseline]) if told else {}
         baseline = arms.get(rollout.baseline or "")
         for event in told:
             revision = after.endpoint.revision
@@ -364,7 +363,7 @@ class Deployer:
 
     async def _named(self, work: UnitOfWork, route: routes.Route) -> None:
         """Remember of each arm that this revision names it: it stays loaded until all gateways have a later one that does not."""
-        arms = await work.arms(route.endpoint)
+        arms = await work.arms(route.endpoint, [routed.arm for routed in route.arms])
         for routed in route.arms:
             await work.save_arm(replace(arms[routed.arm], last_revision=route.revision))
 

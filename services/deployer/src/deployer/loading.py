@@ -123,7 +123,7 @@ class Loader:
         """The model that an earlier attempt has loaded."""
         rollout = record.rollout
         async with self._store.transaction() as work:
-            arms = await work.arms(rollout.endpoint)
+            arms = await work.arms(rollout.endpoint, [rollout.canary])
             name = arms[rollout.canary].runtime_model
             return next((model for model in await work.models() if model.name == name and model.wanted and model.state == "loaded"), None)
 
@@ -150,7 +150,7 @@ class Loader:
             await work.lock(model.endpoint)
             if not any(known.name == model.name and known.wanted for known in await work.models()):
                 return  # another attempt has taken over
-            arms = await work.arms(model.endpoint)
+            arms = await work.arms(model.endpoint, [model.arm])
             await work.save_arm(replace(arms[model.arm], runtime_model=model.name))
             await work.save_model(replace(model, state="loaded"))
 
@@ -237,7 +237,7 @@ class Loader:
             record = await work.lock(model.endpoint)
             if record is None:
                 return None
-            arms = await work.arms(model.endpoint)
+            arms = await work.arms(model.endpoint, [model.arm])
             needed = {record.endpoint.serving, record.endpoint.previous}
             live = None if record.endpoint.live is None else await work.rollout(record.endpoint.live)
             if live is not None and live.rollout.state is not State.ABORTING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -186,7 +186,9 @@ class UnitOfWork(Protocol):
 
     async def deadline_is_over(self, rollout_id: str) -> bool: ...
 
-    async def arms(self, endpoint: str) -> dict[str, Arm]: ...
+    async def arms(self, endpoint: str, ids: Iterable[str | None]) -> dict[str, Arm]:
+        """These arms of an endpoint, by their ids; no entry for one that is None."""
+        ...
 
     async def save_arm(self, arm: Arm) -> None:
         """Add or change an arm."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -135,8 +135,11 @@ class SqlUnitOfWork:
         over = t.rollout.c.deadline_at <= func.clock_timestamp()
         return bool(await self._conn.scalar(select(func.coalesce(over, False)).where(t.rollout.c.id == rollout_id)))
 
-    async def arms(self, endpoint: str) -> dict[str, Arm]:
-        rows = await self._conn.execute(select(t.arm).where(t.arm.c.endpoint == endpoint))
+    async def arms(self, endpoint: str, ids: Iterable[str | None]) -> dict[str, Arm]:
+        wanted = [arm for arm in ids if arm is not None]
+        if not wanted:
+            return {}
+        rows = await self._conn.execute(select(t.arm).where(t.arm.c.endpoint == endpoint, t.arm.c.id.in_(wanted)))
         return {row.id: _arm(row) for row in rows}
 
     async def save_arm(self, arm: Arm) -> None:
