@@ -153,6 +153,23 @@ async def test_a_trainer_that_is_told_to_stop_hands_its_training_back(stack: Any
     ]
 
 
+async def test_a_failure_of_the_users_code_is_counted_once_though_a_later_attempt_is_handed_back(stack: Any, meeting: Meeting) -> None:
+    first = await stack.start_trainer(HEADRACE_MAX_ATTEMPTS="3")
+    training = await stack.submit(SCRIPT.format(port=meeting.port), max_attempts=3)
+    await meeting.until(met=1, running=1)
+    for line in meeting.lines:
+        line.write(b"no")
+    await meeting.until(met=2, running=1)
+    failures = "SELECT failures, reason FROM trainer.training"
+    assert [row.failures for row in await stack.rows(failures)] == [1]
+    assert await asyncio.to_thread(first.stop) == 0
+    assert [(row.failures, row.reason) for row in await stack.rows(failures)] == [(1, "handed back")]
+    await stack.start_trainer()
+    await meeting.until(met=3, running=1)
+    meeting.go()
+    assert (await stack.ended(training.training_id)).status == "succeeded"
+
+
 async def test_a_training_whose_job_is_lost_is_killed_and_says_nothing_more(stack: Any, meeting: Meeting) -> None:
     await stack.start_trainer(HEADRACE_RUN_LEASE_S="2")
     training = await stack.submit(SCRIPT.format(port=meeting.port))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -236,6 +237,39 @@ async def test_a_lock_that_is_a_link_is_not_followed(scene: Callable[..., Scene]
     one.sources.fetch = fetch  # type: ignore[method-assign]
     with pytest.raises(Invalid, match="not a plain file"):
         await one.attempt.run()
+
+
+async def test_a_full_disk_of_the_trainer_is_nobodys_fault(
+    scene: Callable[..., Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full from the training's first word on: neither its log nor a copy of it can be written any more."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def first(log: Log, data: bytes) -> None:
+        monkeypatch.setattr(Log, "copy", full)
+        monkeypatch.setattr(Log, "note", full)
+        full()
+
+    monkeypatch.setattr(Log, "write", first)
+    one = scene("echo up; sleep 600")
+    assert await kept(one, tmp_path, FakeQueue(False)) == 0
+    reason = "the trainer's disk: No space left on device"
+    assert read_outcome(tmp_path) == Outcome(succeeded=False, reason=reason, users_fault=False)
+    assert (one.tracker.runs, one.tracker.reasons) == ({"r1": "FAILED"}, {"r1": reason})
+    assert b"running sh train.sh" in one.tracker.files["log.txt"]
+
+
+async def test_a_bug_of_the_trainer_ends_the_run(scene: Callable[..., Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(log: Log, data: bytes) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Log, "write", wrong)
+    one = scene("echo up; sleep 600")
+    with pytest.raises(ZeroDivisionError):
+        await one.attempt.run()
+    assert (one.tracker.runs, one.tracker.reasons) == ({"r1": "FAILED"}, {"r1": "an internal error of the trainer"})
 
 
 async def test_a_cancelled_attempt_ends_its_run_as_killed(scene: Callable[..., Scene]) -> None:

@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.util.types import AttributeValue
 from servicekit import telemetry
 from servicekit.db import is_transient
-from servicekit.errors import Invalid, Transient, explain
+from servicekit.errors import HeadraceError, Invalid, Transient, explain
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from jobs.queue import Job, JobQueue, LeaseLost, State
@@ -33,10 +33,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of an attempt: `state` queued means that it will be tried again. `cause` is empty upon success."""
+    """What became of an attempt: `state` queued means that it will be tried again. `cause` is empty upon success.
+
+    `error` is what the handler raised, for those that ask why; None when it raised nothing, or was not heard to the end.
+    """
 
     state: State
     cause: str = ""
+    error: HeadraceError | None = None
 
 
 OnEnd = Callable[[AsyncConnection, Job, Ended], Awaitable[None]]
@@ -290,16 +294,15 @@ class Worker:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise  # not by us: the process is being torn down
-            cause, retry = "a part of its own work was cancelled", True
+            return await self._failed(running, "a part of its own work was cancelled", retry=True)
         except LeaseLost:
             running.why = "lost"
             return None
         except (Invalid, Transient) as error:
-            cause, retry = f"{type(error).__name__}: {error}", isinstance(error, Transient)
+            told: HeadraceError = error
         except Exception as error:
             told = explain(error)  # logs a bug with its stack
-            cause, retry = f"{type(told).__name__}: {told}", isinstance(told, Transient)
-        return await self._failed(running, cause, retry)
+        return await self._failed(running, f"{type(told).__name__}: {told}", isinstance(told, Transient), told)
 
     async def _interrupted(self, running: _Running) -> Ended | None:
         job = running.job
@@ -314,9 +317,9 @@ class Worker:
 
         return await self._end(running, hand_back)
 
-    async def _failed(self, running: _Running, cause: str, retry: bool) -> Ended | None:
+    async def _failed(self, running: _Running, cause: str, retry: bool, error: HeadraceError | None = None) -> Ended | None:
         async def fail(conn: AsyncConnection) -> Ended:
-            return Ended(await self._queue.fail(conn, running.job, cause, retry), cause)
+            return Ended(await self._queue.fail(conn, running.job, cause, retry), cause, error)
 
         return await self._end(running, fail)
 

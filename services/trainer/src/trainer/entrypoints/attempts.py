@@ -17,7 +17,6 @@ import signal
 import sys
 from pathlib import Path
 from typing import IO
-from uuid import UUID
 
 import psutil
 from eventing.background import Background, Backoff
@@ -32,12 +31,17 @@ from trainer.adapters.store import KIND, SqlStore
 from trainer.handlers import Outcome, Trainer
 from trainer.runner import sandbox
 from trainer.runner.child import Child
+from trainer.runner.disk import of_disk
 from trainer.runner.keeper import Claim, read_outcome
 
 _PROCESS = "process.json"
 _STOP_S = 20.0
 _KEPT = ("attempt.json", "outcome.json")
 _log = logging.getLogger(__name__)
+
+
+class UsersFault(Transient):
+    """The user's code failed, and may be run again."""
 
 
 class Attempts:
@@ -47,22 +51,30 @@ class Attempts:
         self._trainer = trainer
         self._store = store
         self._state_dir = state_dir
-        self._outcomes: dict[UUID, Outcome] = {}
 
     async def handle(self, job: Job, context: JobContext) -> None:
         """Runs one attempt to its end. Raises Invalid when it failed for good, Transient when it shall be tried again."""
         folder = job_dir(self._state_dir, job.key) / f"attempt-{job.fencing_token}"
-        outcome = await self._run(job, context, folder)
-        self._outcomes[job.id] = outcome
+        try:
+            outcome = await self._run(job, context, folder)
+        except OSError as exc:
+            raise of_disk(exc) from exc
         if outcome.succeeded:
             return
-        if outcome.users_fault and not (await self._trainer.get(job.key)).may_retry():
-            raise Invalid(outcome.reason)
-        raise Transient(outcome.reason)
+        if not outcome.users_fault:
+            raise Transient(outcome.reason)
+        try:
+            may_retry = (await self._trainer.get(job.key)).may_retry()
+        except Exception as exc:
+            if not isinstance(exc, Transient) and not is_transient(exc):
+                raise
+            raise UsersFault(outcome.reason) from exc  # it counts; whether it was the last is for the next attempt to ask
+        raise UsersFault(outcome.reason) if may_retry else Invalid(outcome.reason)
 
     async def on_end(self, conn: AsyncConnection, job: Job, ended: Ended) -> None:
         """Draws the consequences of an attempt's end in the transaction that ends its job."""
-        outcome = self._outcomes.get(job.id) or Outcome(succeeded=ended.state is State.SUCCEEDED, reason=ended.cause)
+        reason = ended.cause if ended.error is None else str(ended.error)
+        outcome = Outcome(ended.state is State.SUCCEEDED, reason, users_fault=isinstance(ended.error, UsersFault | Invalid))
         await self._trainer.ended(self._store.on(conn), job.key, job.attempt, ended.state.value, outcome)
 
     def committed(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -24,6 +25,7 @@ from trainer.domain.training import Training
 from trainer.handlers import Outcome, Trainer
 from trainer.ports import NewRun, Sources, StartedRun, Tracker
 from trainer.runner import provenance, sandbox
+from trainer.runner.disk import FULL, of_disk
 from trainer.runner.egress import Destination, Egress
 from trainer.runner.log import Log
 from trainer.runner.sandbox import Command, Ended, Limits
@@ -40,7 +42,6 @@ RENEW_S = 5.0
 
 SDK = "/headrace/sdk"
 PACKAGES = "/headrace/packages"
-_NO_SPACE = ("No space left on device", "Errno 28", "ENOSPC")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +97,26 @@ class Attempt:
     async def run(self) -> Outcome:
         """Runs to the end and ends the run with it. When cancelled nothing of the user's code is left; then call `abandon`.
 
-        Raises Invalid when it can never work, Transient when it may work later.
+        Raises Invalid when it can never work, Transient when it may work later, also for the trouble of the trainer's own disk.
         """
         training = await self._persist(lambda: self._trainer.get(self._training_id))
         if await self._settle_previous(training.run_id):
             return Outcome(succeeded=True)
-        self._log.note(f"attempt {self._number} of training {training.training_id}")
         try:
+            self._log.note(f"attempt {self._number} of training {training.training_id}")
             outcome = await self._train(training)
         except RunEnded as exc:
-            self._log.note(str(exc))
+            with contextlib.suppress(OSError):  # the run has ended, whether there is room to say so or not
+                self._log.note(str(exc))
             return Outcome(succeeded=False, reason=str(exc))
-        except (Invalid, Transient) as exc:
+        except Exception as exc:
+            error = of_disk(exc)
+            if error is not exc:
+                # What is left of the attempt is told on the same disk.
+                await asyncio.to_thread(shutil.rmtree, self._folder / "source", ignore_errors=True)
             if self._run is not None:
-                await self._finish("FAILED", str(exc))
-            raise
+                await self._finish("FAILED", str(error) if isinstance(error, Invalid | Transient) else "an internal error of the trainer")
+            raise error from exc.__cause__ if error is exc else exc
         if self._run is not None:
             await self._finish("FINISHED" if outcome.succeeded else "FAILED", outcome.reason)
         return outcome
@@ -253,7 +259,11 @@ class Attempt:
     async def _finish(self, status: str, reason: str) -> None:
         """Stores the log and ends the run. The log comes first: a finished run is complete."""
         file = self._folder / "log.txt"
-        await asyncio.to_thread(self._log.copy, file)
+        try:
+            await asyncio.to_thread(self._log.copy, file)
+        except OSError as exc:
+            _log.warning("no room for a copy of the log of this attempt, that of all attempts is stored: %s", exc)
+            file = self._log.file
         await self._persist(lambda: self._tracker.store_file(self._run_id, "log.txt", file))
         await self._persist(lambda: self._tracker.finish(self._run_id, status, reason, self._fencing_token))
 
@@ -283,7 +293,7 @@ def judge(ended: Ended, limits: Limits, tail: str) -> Outcome:
         return Outcome(succeeded=False, reason=reason, users_fault=ended.full)
     if ended.code == 0:
         return Outcome(succeeded=True)
-    if ended.full or any(sign in tail for sign in _NO_SPACE):
+    if ended.full or any(sign in tail for sign in FULL):
         return Outcome(succeeded=False, reason=f"disk full: no space left of {sandbox.human(limits.disk_bytes)}{last}", users_fault=True)
     if ended.code < 0:
         name = signal.Signals(-ended.code).name

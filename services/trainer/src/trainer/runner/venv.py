@@ -22,6 +22,7 @@ from servicekit.errors import Invalid, Unavailable
 
 from trainer.runner import sandbox
 from trainer.runner.child import output_of
+from trainer.runner.disk import FULL
 from trainer.runner.sandbox import Command, Limits
 
 LOCK = "requirements.lock"
@@ -138,6 +139,8 @@ async def _uv(output: Callable[[bytes], None], *words: str) -> None:
         output(said.encode())
     if code != 0:
         text = said.strip()[-1_500:]
+        if any(sign in text for sign in FULL):
+            raise Unavailable(f"the trainer's disk: the packages of {LOCK} do not fit")
         if any(sign in text for sign in _PASSING):
             raise Unavailable(f"the packages of {LOCK} could not be fetched: {text}")
         raise Invalid(f"the packages of {LOCK} could not be installed: {text}")
