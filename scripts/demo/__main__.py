@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
             expect(rollout["cause"] == "END_CAUSE_HARM", f"it must be rolled back for harm, not for {rollout['cause']}")
             stages = {v["ref"]["version"]: v for v in client.get(f"/api/v1/models/{DELIVERY}/versions")["versions"]}
             expect("champion" in stages[second["version"]]["aliases"], "the champion must still be the champion")
+            notes.append(check_stages(rollout, decisions_of(client, fourth["rollout_id"])))
     finally:
         ledger = stop_client(traffic, state_dir / "ledger.json")
     with story.chapter("from one prediction back to data and commit") as notes:
@@ -159,17 +161,17 @@ def run(state_dir: Path, *, keep: bool) -> None:
     tell(story, events, ledger, traced)
     check_walk(events, second["version"])
     check_ledger(ledger, str(first["version"]), str(second["version"]))
+    check_relief(ledger, events, fourth["version"])
     total = time.monotonic() - story.began
     console.print(
         f"\n[bold green]It held.[/] {ledger['sent']} requests sent, {ledger['answered']} answered, none failed; {total:.0f} s in all."
     )
     where = f"HEADRACE_STATE_DIR={state_dir} " if state_dir != ROOT / ".headrace" else ""
+    console.print(f"Look deeper: {where}.venv/bin/headrace trace {request_id}", soft_wrap=True)
     if keep:
-        console.print(
-            f"Look deeper: {where}.venv/bin/headrace trace {request_id}      (stop: {where}.venv/bin/headrace down)", soft_wrap=True
-        )
+        console.print(f"Stop: {where}.venv/bin/headrace down", soft_wrap=True)
     else:
-        console.print("Look deeper: make demo ARGS=--keep leaves everything running, and ends with the command.")
+        console.print(f"What is stored stays; first start it again: {where}.venv/bin/headrace up", soft_wrap=True)
 
 
 def prepare_data(state_dir: Path) -> dict[str, Path]:
@@ -301,9 +303,60 @@ def check_ledger(ledger: dict[str, Any], first: str, second: str) -> None:
     """What must be true of the client's own count."""
     expect(not ledger["failures"], f"requests failed: {ledger['failures']}")
     expect(ledger["answered"] == ledger["sent"], f"{ledger['sent']} requests were sent and {ledger['answered']} answered")
-    expect({first, second} <= set(ledger["versions"]), f"both versions must have answered, not only {sorted(ledger['versions'])}")
-    fallbacks = sum(version["fallbacks"] for version in ledger["versions"].values())
-    expect(fallbacks > 0, "the baseline must have answered for the broken canary")
+    answered = {version for version, counted in ledger["versions"].items() if counted["requests"]}
+    expect({first, second} <= answered, f"both versions must have answered, not only {sorted(answered)}")
+
+
+def check_relief(ledger: dict[str, Any], events: list[Told], version: int) -> None:
+    """The baseline must have answered in the place of the broken canary, and not before callers' requests went to it."""
+    canaries = [(event.time, deployer_events.DeployCanary.FromString(event.payload)) for event in events if event.type == "deploy.canary"]
+    began = [at for at, canary in canaries if canary.rollout.version.version == version]
+    expect(len(began) == 1, f"version {version} must have begun its canary stage once, not {len(began)} times")
+    counted = ledger["versions"].get(str(version), {"relieved": 0})
+    expect(counted["relieved"] > 0, f"the baseline must have answered in the place of version {version}")
+    expect(counted["first_relieved"] > began[0].timestamp(), f"version {version} must have failed no request before its canary stage")
+
+
+def decisions_of(client: Client, rollout_id: str) -> list[dict[str, Any]]:
+    """Every decision of a rollout, oldest first."""
+    found: list[dict[str, Any]] = []
+    token = ""
+    while True:
+        page = client.get(f"/api/v1/rollouts/{rollout_id}/explain", page_size=1000, page_token=token)
+        found += page["decisions"]
+        token = page["next_page_token"]
+        if not token:
+            return found
+
+
+def check_stages(rollout: dict[str, Any], decisions: list[dict[str, Any]]) -> str:
+    """Its shadow stage must have seen nothing of what is wrong with the fragile version, and its canary stage must have.
+
+    One guard may end the rollout before another has seen anything: only the one that is named as the reason must have. Returns what
+    each saw, in words.
+    """
+    stage, errors, compared = "", 0, 0
+    bad: dict[str, Counter[str]] = {"shadowing": Counter(), "stepping": Counter()}
+    for decision in decisions:
+        if decision["from_state"] != decision["to_state"]:
+            stage = decision["to_state"].partition("(")[0].partition(",")[0]
+        elif stage in bad and decision["evidence_json"]:
+            window = json.loads(decision["evidence_json"])["window"]
+            bad[stage].update(window["canary"]["bad"])
+            if stage == "shadowing":
+                errors += window["shadow"]["errors"]
+                compared += window["shadow"]["compared"]
+    expect(compared > 0, "the shadow stage of the fragile version must have compared answers")
+    expect(
+        errors == 0 and not +bad["shadowing"], f"the shadow stage must have seen nothing wrong: {errors} errors, {dict(bad['shadowing'])}"
+    )
+    blamed = [guard["id"] for guard in rollout["guards"] if rollout["reason"].startswith(guard["id"] + ":")]
+    expect(
+        len(blamed) == 1 and bad["stepping"][blamed[0]] > 0,
+        f"the canary stage must have seen what it was ended for: {rollout['reason']!r} with {dict(bad['stepping'])}",
+    )
+    seen = ", ".join(f"{guard} {count}" for guard, count in sorted(bad["stepping"].items()))
+    return f"in the shadow {compared} answers compared and none failed; bad in the canary stage: {seen}"
 
 
 def tell(story: Story, events: list[Told], ledger: dict[str, Any], traced: dict[str, Any]) -> None:
@@ -327,12 +380,13 @@ def tell(story: Story, events: list[Told], ledger: dict[str, Any], traced: dict[
     for title, took, notes in story.chapters:
         grid.add_row(title, f"{took:.1f} s", notes)
     console.print(grid)
-    columns = ("answered by", "requests", "in place of another", "p50 ms", "p99 ms")
+    columns = ("version", "requests", "failures", "p50 ms", "p99 ms", "in place of another", "another in its place")
     grid = Table(*columns, title="\nWhat the client counted", title_justify="left", box=None, header_style="bold", pad_edge=False)
     for version, counted in ledger["versions"].items():
-        numbers = (counted["requests"], counted["fallbacks"], f"{counted['p50_ms']:.1f}", f"{counted['p99_ms']:.1f}")
-        grid.add_row(f"version {version}", *map(str, numbers))
-    grid.add_row("failed", str(sum(ledger["failures"].values())))
+        times = ["" if counted[name] is None else f"{counted[name]:.1f}" for name in ("p50_ms", "p99_ms")]
+        grid.add_row(
+            version, str(counted["requests"]), str(counted["failures"]), *times, str(counted["fallbacks"]), str(counted["relieved"])
+        )
     console.print(grid)
     grid = Table("", "", title="\nFrom one prediction back", title_justify="left", box=None, show_header=False, pad_edge=False)
     for step, fields in traced["lineage"].items():

@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ _TIMEOUT_S = 30.0
 
 
 class Ledger:
-    """What became of every request, by the version that answered."""
+    """What became of every request, by the version that answered. `relieved`: those of a version that another answered in its place."""
 
     def __init__(self) -> None:
         self.sent = 0
         self.latencies_ms: defaultdict[str, list[float]] = defaultdict(list)
         self.fallbacks: Counter[str] = Counter()
         self.last_request: dict[str, str] = {}
+        self.relieved: Counter[str] = Counter()
+        self.first_relieved: dict[str, float] = {}
         self.failures: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
 
     def as_dict(self, *, running: bool) -> dict[str, Any]:
         return {
@@ -39,15 +43,30 @@ class Ledger:
             "failures": dict(self.failures),
             "versions": {
                 version: {
-                    "requests": len(values),
-                    "p50_ms": percentile(values, 0.50),
-                    "p99_ms": percentile(values, 0.99),
+                    "requests": len(values := self.latencies_ms.get(version, [])),
+                    "failures": self.failed[version],
+                    "p50_ms": percentile(values, 0.50) if values else None,
+                    "p99_ms": percentile(values, 0.99) if values else None,
                     "fallbacks": self.fallbacks[version],
-                    "last_request": self.last_request[version],
+                    "relieved": self.relieved[version],
+                    "first_relieved": self.first_relieved.get(version),
+                    "last_request": self.last_request.get(version, ""),
                 }
-                for version, values in sorted(self.latencies_ms.items())
+                for version in sorted({*self.latencies_ms, *self.failed, *self.relieved})
             },
         }
+
+    def stood_in(self, version: str, arm: str) -> None:
+        """This version answered in the place of an arm, which is named like v3-g7."""
+        relieved = arm.removeprefix("v").partition("-")[0]
+        self.fallbacks[version] += 1
+        self.relieved[relieved] += 1
+        self.first_relieved.setdefault(relieved, time.time())
+
+    def fail(self, cause: str, version: str) -> None:
+        """A request got no answer; `version` is whose it was, empty when nobody said."""
+        self.failures[cause[:200]] += 1
+        self.failed[version or "unknown"] += 1
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -84,19 +103,21 @@ async def drive(rows: list[bytes], ledger: Ledger, args: argparse.Namespace, sto
 
 
 async def _one(session: aiohttp.ClientSession, url: str, body: bytes, due: float, ledger: Ledger) -> None:
+    version = ""
     try:
         async with session.post(url, data=body) as answer:
+            version = answer.headers.get("X-Headrace-Model-Version", "")
             content = await answer.json(content_type=None)
             if answer.status != 200 or not content.get("outputs"):
-                ledger.failures[f"{answer.status} {content.get('error', content)}"[:200]] += 1
+                ledger.fail(f"{answer.status} {content.get('error', content)}", version)
                 return
             version = answer.headers["X-Headrace-Model-Version"]
-            if "X-Headrace-Fallback" in answer.headers:
-                ledger.fallbacks[version] += 1
             ledger.last_request[version] = answer.headers["X-Request-Id"]
+            if arm := answer.headers.get("X-Headrace-Fallback"):
+                ledger.stood_in(version, arm)
             ledger.latencies_ms[version].append((asyncio.get_running_loop().time() - due) * 1000)
     except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
-        ledger.failures[f"{type(error).__name__}: {error}"[:200]] += 1
+        ledger.fail(f"{type(error).__name__}: {error}", version)
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
