@@ -78,7 +78,8 @@ def build(settings: DeployerSettings) -> Sequence[Component]:
         load_timeout_s=settings.load_timeout_s,
     )
     broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
-    return assemble(settings, World(broker, artifacts, runtime, clock, ids))
+    # First, so that it is stopped last, when no load reads from it any more.
+    return [artifacts, *assemble(settings, World(broker, artifacts, runtime, clock, ids))]
 
 
 def assemble(settings: DeployerSettings, world: World) -> Sequence[Component]:
