@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import errno
 import json
 import os
 import socket
@@ -16,7 +18,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from evaluator import worker
+from evaluator import jail, worker
 from evaluator.adapters.sandbox import ENVIRONMENT, NAMESPACES, Limits, SandboxPredictor, _collect
 from evaluator.ports import Unjudgeable
 from servicekit.errors import Unavailable
@@ -27,8 +29,18 @@ KINDS = ["late", "other"] * 20
 PROBE = """
 import json, os, socket, sys
 from pathlib import Path
+import resource
 from evaluator import jail
-inside, outside = jail.enter(Path(sys.argv[1]))
+# A file system below a folder that is to be read-only, as a machine may have one below /usr.
+below = Path(sys.argv[4], "below")
+below.mkdir(parents=True)
+jail._mount("tmpfs", below, "tmpfs", 0)
+(below / "seen").write_text("x")
+inside, outside = jail.enter(Path(sys.argv[1]), [sys.argv[4]])
+def unshared():
+    if jail._libc.unshare(0x10000000) != 0:  # CLONE_NEWUSER
+        raise OSError("refused")
+    return "a new user namespace"
 def tried(action):
     try:
         return str(action())
@@ -44,6 +56,12 @@ found = {
     "write_in": tried(lambda: (inside / "x").write_text("x")),
     "write_root": tried(lambda: Path("/x").write_text("x")),
     "write_python": tried(lambda: Path(sys.prefix, "x").write_text("x")),
+    "read_below": tried(lambda: (below / "seen").read_text()),
+    "write_below": tried(lambda: (below / "x").write_text("x")),
+    "write_limit": tried(lambda: Path("/proc/sys/user/max_user_namespaces").write_text("9")),
+    "namespaces": Path("/proc/sys/user/max_user_namespaces").read_text().strip(),
+    "unshare": tried(unshared),
+    "processes_at_once": resource.getrlimit(resource.RLIMIT_NPROC),
     "write_out": tried(lambda: (outside / "x").write_text("x")),
     "mount": tried(lambda: os.makedirs("/tmp/m") or jail._mount("tmpfs", Path("/tmp/m"), "tmpfs", 0)),
     "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
@@ -63,7 +81,7 @@ def found_inside(tmp_path: Path) -> dict[str, Any]:
     secret.write_text("s3cret")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        command = [*NAMESPACES, sys.executable, "-I", "-c", PROBE, str(folder), str(secret), str(port)]
+        command = [*NAMESPACES, sys.executable, "-I", "-c", PROBE, str(folder), str(secret), str(port), str(tmp_path / "more")]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "out" / "found.json").read_text())
@@ -88,6 +106,45 @@ def test_inside_only_its_answer_can_be_written(found_inside: dict[str, Any]) -> 
     assert found_inside["write_out"] == "1"
     for place in ("write_in", "write_root", "write_python"):
         assert found_inside[place] == "OSError"
+
+
+def test_inside_what_is_mounted_below_a_folder_is_as_readonly_as_the_folder(found_inside: dict[str, Any]) -> None:
+    assert found_inside["read_below"] == "x"
+    assert found_inside["write_below"] == "OSError"
+
+
+def test_inside_there_are_no_further_namespaces_and_few_processes(found_inside: dict[str, Any]) -> None:
+    assert found_inside["namespaces"] == "0"
+    assert found_inside["write_limit"] in ("OSError", "PermissionError")
+    assert found_inside["unshare"] == "OSError"
+    assert found_inside["processes_at_once"] == [jail.PROCESSES, jail.PROCESSES]
+
+
+def test_a_capability_that_cannot_be_dropped_is_an_error_and_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        """Knows 40 capabilities, and does not let go of the ones that it is told."""
+
+        def __init__(self, refused: set[int]) -> None:
+            self.refused = refused
+            self.asked: list[int] = []
+
+        def prctl(self, option: int, capability: int, *_: int) -> int:
+            if option != 24:
+                return 0
+            self.asked.append(capability)
+            ctypes.set_errno(errno.EPERM if capability in self.refused else errno.EINVAL)
+            return -1 if capability in self.refused or capability in (3, *range(40, 64)) else 0
+
+        def capset(self, *_: object) -> int:
+            return 0
+
+    kernel = Kernel(set())
+    monkeypatch.setattr(jail, "_libc", kernel)
+    jail.drop_privileges()
+    assert kernel.asked == list(range(64)), "one that is not known ends nothing"
+    monkeypatch.setattr(jail, "_libc", Kernel({21}))
+    with pytest.raises(PermissionError, match="capability 21"):
+        jail.drop_privileges()
 
 
 def test_inside_there_are_no_privileges(found_inside: dict[str, Any]) -> None:

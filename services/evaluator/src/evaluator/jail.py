@@ -7,8 +7,10 @@ exist in there: no home, no state, no secrets, no other task. Sources: mount_nam
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
+import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,14 +18,27 @@ from pathlib import Path
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MS_REMOUNT, _MS_BIND, _MS_REC = 32, 4096, 16384
 _MNT_DETACH = 2
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_SYS_MOUNT_SETATTR = 442  # the same on every architecture
 _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP = 38, 24
+_LAST_CAPABILITY = 63
 _CAPABILITY_VERSION_3 = 0x20080522
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/sys/devices/system/cpu")
 """Where the libraries of the system are, and what onnxruntime asks of the processor; those that exist are seen, read-only."""
 
+PROCESSES = 64
+"""Processes and threads at once: the limit of memory is one of each process, so this bounds them all."""
+
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd")]
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,7 +61,10 @@ def enter(task: Path, readonly: Iterable[str] = ()) -> tuple[Path, Path]:
         _show(Path(path), root)
     for device in _DEVICES:
         _bind(Path(device), root)
+    # In further namespaces it would have capabilities again. What is forbidden here its owner could allow again, so it is read-only.
+    Path("/proc/sys/user/max_user_namespaces").write_text("0")
     _bind(Path("/proc"), root)
+    _make_readonly(_bind(Path("/proc/sys"), root))
     for name, writable in (("in", False), ("out", True)):
         target = root / "task" / name
         target.mkdir(parents=True)
@@ -58,6 +76,8 @@ def enter(task: Path, readonly: Iterable[str] = ()) -> tuple[Path, Path]:
     _check(_libc.umount2(b".", _MNT_DETACH), "umount of the old root")
     os.chdir("/")
     _mount("", Path("/"), "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+    # Counted within this namespace (since Linux 5.14), so that what else the user runs does not count.
+    resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
     drop_privileges()
     return Path("/task/in"), Path("/task/out")
 
@@ -65,9 +85,10 @@ def enter(task: Path, readonly: Iterable[str] = ()) -> tuple[Path, Path]:
 def drop_privileges() -> None:
     """Gives up every capability for good, also for programs that would be started. Raises OSError."""
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    for capability in range(64):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            break  # past the last one that this kernel has
+    for capability in range(_LAST_CAPABILITY + 1):
+        # EINVAL: this kernel does not know it.
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0 and ctypes.get_errno() != errno.EINVAL:
+            _check(-1, f"drop of capability {capability}")
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     nothing = (ctypes.c_uint32 * 6)()
     _check(_libc.capset(header, nothing), "capset")
@@ -108,9 +129,11 @@ def _bind(path: Path, root: Path) -> Path:
 
 
 def _make_readonly(target: Path) -> None:
-    # In a user namespace the flags that the mount has already must be kept.
-    kept = os.statvfs(target).f_flag & (_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    _mount("", target, "", _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | kept)
+    # With everything that is mounted below it, which a remount would leave as it is.
+    attributes = _MountAttr(attr_set=_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV)
+    size = ctypes.sizeof(attributes)
+    result = _libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), _AT_RECURSIVE, ctypes.byref(attributes), size)
+    _check(result, f"protection of {target} (needs Linux 5.12 or newer)")
 
 
 def _mount(source: str, target: Path, kind: str, flags: int, options: str = "") -> None:
