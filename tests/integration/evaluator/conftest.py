@@ -279,7 +279,7 @@ Start = Callable[..., Awaitable[Evaluator]]
 
 
 @pytest.fixture
-async def start(database: Any, stack_servers: Any, tiny: ModuleType) -> AsyncIterator[Start]:
+async def start(database: Any, stack_servers: Any, tiny: ModuleType, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts an evaluator: with a topic prefix over Kafka, else over a broker in memory. `idle`: only what is around it."""
     stack = AsyncExitStack()
     tokens = {name: new_service_token(name) for name in ("gateway", "registry", "evaluator")}
@@ -304,6 +304,7 @@ async def start(database: Any, stack_servers: Any, tiny: ModuleType) -> AsyncIte
             "s3_access_key": s3.access_key,
             "s3_secret_key": SecretStr(s3.secret_key),
             "s3_bucket": s3.bucket,
+            "state_dir": tmp_path / "state",
         }
         settings = EvaluatorSettings(**words | changes)
         await migrate.upgrade(settings.database_url, SCHEMA, MIGRATIONS)

@@ -85,6 +85,7 @@ async def test_killed_in_the_middle_another_one_does_it_again_and_it_is_told_onc
             "HEADRACE_S3_ACCESS_KEY": settings.s3_access_key,
             "HEADRACE_S3_SECRET_KEY": settings.s3_secret_key.get_secret_value(),
             "HEADRACE_S3_BUCKET": settings.s3_bucket,
+            "HEADRACE_STATE_DIR": str(settings.state_dir),
             "HEADRACE_JOB_LEASE_S": "3",
         }
     )
@@ -98,8 +99,12 @@ async def test_killed_in_the_middle_another_one_does_it_again_and_it_is_told_onc
     await one.end(signal.SIGKILL)
     _, alive = await asyncio.to_thread(psutil.wait_procs, children, 10)
     assert not alive, "a process that runs a model outlived the evaluator"
+    scratch = settings.state_dir / "scratch"
+    (left,) = await asyncio.to_thread(lambda: [path for path in scratch.iterdir() if path.is_dir()])
+    assert {path.name.rsplit("-", 1)[0] for path in left.iterdir()} == {"headrace-evaluate", "headrace-predict"}
 
     await one.start(tmp_path / "second")
+    assert not left.exists(), "the holdout of the one that was killed is still there"
     assert (await evaluator.outcome_of(run_id)).type == "eval.passed"
     assert await one.end(signal.SIGTERM) == 0
     connection = await asyncpg.connect(evaluator.dsn)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,8 +68,8 @@ class Running:
 
 
 @pytest.fixture
-async def running(database: Any, stack_servers: Any, topic_prefix: str) -> AsyncIterator[Running]:
-    start, stop = _starter(database, stack_servers, topic_prefix)
+async def running(database: Any, stack_servers: Any, topic_prefix: str, tmp_path: Path) -> AsyncIterator[Running]:
+    start, stop = _starter(database, stack_servers, topic_prefix, tmp_path / "state")
     try:
         yield await start()
     finally:
@@ -76,7 +77,7 @@ async def running(database: Any, stack_servers: Any, topic_prefix: str) -> Async
 
 
 def _starter(
-    database: Any, stack_servers: Any, topic_prefix: str
+    database: Any, stack_servers: Any, topic_prefix: str, state_dir: Path
 ) -> tuple[Callable[[], Awaitable[Running]], Callable[[], Awaitable[None]]]:
     stack = contextlib.AsyncExitStack()
     tokens = {name: access.new_service_token(name) for name in ("gateway", "trainer", "evaluator", "mallory")}
@@ -94,6 +95,7 @@ def _starter(
         run_token_secret=SecretStr(SECRET),
         lease_check_s=0.1,
         lease_grace_s=0,
+        state_dir=state_dir,
     )
 
     async def start() -> Running:

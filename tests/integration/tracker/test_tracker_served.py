@@ -364,6 +364,7 @@ def test_it_starts_from_settings_alone_and_stops_on_sigterm(database: Any, stack
         "HEADRACE_S3_SECRET_KEY": s3.secret_key,
         "HEADRACE_S3_BUCKET": s3.bucket,
         "HEADRACE_RUN_TOKEN_SECRET": SECRET,
+        "HEADRACE_STATE_DIR": str(tmp_path / "state"),
         "HEADRACE_ANNOUNCE_FILE": str(tmp_path / "announced"),
     }
     command = [sys.executable, "-m", "tracker"]

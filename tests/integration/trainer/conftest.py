@@ -228,7 +228,11 @@ async def running_stack(database: str, stack_servers: Any, topic_prefix: str, fo
     async with contextlib.AsyncExitStack() as exits:
         ports: dict[str, int] = {}
         tracker_settings = TrackerSettings(
-            **shared, run_token_secret=SecretStr("a secret of the tests"), lease_check_s=0.2, lease_grace_s=0
+            **shared,
+            run_token_secret=SecretStr("a secret of the tests"),
+            lease_check_s=0.2,
+            lease_grace_s=0,
+            state_dir=folder / "tracker",
         )
         for component in tracker_bootstrap.build(tracker_settings):
             await component.start()

@@ -32,10 +32,10 @@ class Service:
 
 
 SERVICES = (
-    Service("tracker", s3=True, run_tokens=True),
+    Service("tracker", s3=True, run_tokens=True, files=True),
     Service("registry", peers=("trainer", "evaluator", "deployer")),
     Service("trainer", peers=("tracker",), s3=True, files=True),
-    Service("evaluator", peers=("tracker",), s3=True),
+    Service("evaluator", peers=("tracker",), s3=True, files=True),
     Service("deployer", s3=True),
     Service("gateway", peers=("tracker", "registry", "trainer", "evaluator", "deployer"), run_tokens=True, files=True, database=False),
 )

@@ -23,6 +23,7 @@ from jobs import Backoff, JobQueue, Worker
 from servicekit import db, rpc
 from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Closing, Component
+from servicekit.scratch import Scratch
 
 from evaluator.adapters.deliveries import DeliveriesRead
 from evaluator.adapters.holdout import ParquetHoldout
@@ -52,6 +53,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     queue = JobQueue(engine, SCHEMA, clock, ids, backoff or Backoff(first_s=1, most_s=15))
     store = SqlStore(engine, outbox, queue, EventEncoder(clock, ids))
     objects = S3Store(settings.s3)
+    scratch = Scratch(settings.state_dir)
 
     deliveries, read = Deliveries(), DeliveriesRead(broker, settings.topic_prefix)
     events = Events(Intake(deliveries, clock, ids), deliveries, read, store.on)
@@ -65,9 +67,10 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
         objects,
         datasets,
         ParquetHoldout(),
-        SandboxPredictor(limits, isolated=settings.sandbox == "namespaces"),
+        SandboxPredictor(limits, isolated=settings.sandbox == "namespaces", work_dir=scratch.path),
         Reports(),
         clock,
+        work_dir=scratch.path,
         max_holdout_bytes=settings.max_holdout_bytes,
     )
     jobs = Jobs(evaluator, store.on, store.committed)
@@ -89,6 +92,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     server.add(eventing_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
     return [
         Closing(channel.close, broker.close, objects.stop, engine.dispose),
+        scratch,
         Relay(settings.database_url, SCHEMA, broker, "/headrace/evaluator", settings.topic_prefix, outbox=outbox),
         snapshots,
         consumer,

@@ -16,6 +16,7 @@ from servicekit import db
 from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server
+from servicekit.scratch import Scratch
 
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
@@ -37,6 +38,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     outbox = Outbox(eventing_schema.tables(SCHEMA))
     store = SqlStore(engine, outbox, EventEncoder(clock, ids))
     objects = S3Store(settings.s3)
+    scratch = Scratch(settings.state_dir)
     tracker = Tracker(
         store,
         clock,
@@ -44,11 +46,12 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
         token_secret=settings.run_token_secret.get_secret_value(),
         token_ttl=timedelta(seconds=settings.run_token_ttl_s),
     )
-    deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s)
+    deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s, work_dir=scratch.path)
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(tracker, deliverables), SERVICE)
     return [
         Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
+        scratch,
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
         LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),
         server,

@@ -60,7 +60,9 @@ class Download:
 class Deliverables:
     """Uploads, artifacts, models and data sets."""
 
-    def __init__(self, store: Store, objects: ArtifactStore, clock: Clock, ids: Ids, *, url_ttl_s: int) -> None:
+    def __init__(self, store: Store, objects: ArtifactStore, clock: Clock, ids: Ids, *, url_ttl_s: int, work_dir: Path) -> None:
+        """`work_dir`: where models are laid that are looked at."""
+        self._work_dir = work_dir
         self._store = store
         self._objects = objects
         self._clock = clock
@@ -252,7 +254,7 @@ class Deliverables:
         """Raises Invalid for a model that is not all there. Takes as long as reading it takes."""
         if source.size_bytes > MAX_ONNX_BYTES:
             raise TooLarge(f"an ONNX file holds at most {MAX_ONNX_BYTES} bytes", [Violation("path", f"has {source.size_bytes} bytes")])
-        with tempfile.TemporaryDirectory(prefix="headrace-model-") as folder:
+        with tempfile.TemporaryDirectory(prefix="headrace-model-", dir=self._work_dir) as folder:
             file = Path(folder) / "model.onnx"
             await self._objects.download(source.key, file, sha256=source.sha256)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from artifacts.settings import PresigningSettings
@@ -18,5 +19,8 @@ class TrackerSettings(PresigningSettings):
         default=30,
         ge=0,
         description="Seconds for holders to renew after a start, or after the database was away, before leases are looked at.",
+    )
+    state_dir: Path = Field(
+        default=Path(".headrace/tracker"), description="Folder in which models lie that are looked at for a while. Processes may share it."
     )
     download_url_ttl_s: int = Field(default=3_600, gt=0, le=7 * 86_400, description="Seconds that a presigned download URL is good for.")
