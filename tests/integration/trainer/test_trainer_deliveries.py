@@ -113,7 +113,7 @@ async def test_the_registry_has_sections_validated(shared: Any) -> None:
 
 async def test_a_delivery_with_a_cron_trigger_is_trained_when_it_is_due_as_it_was_last_uploaded(shared: Any) -> None:
     name = "nightly"
-    await publish(shared, applied(1, name=name, triggers=["push", {"cron": "* * * * *"}]))
+    await publish(shared, applied(1, name=name, triggers=[{"cron": "* * * * *"}]))
     await until_revision(shared, 1, name)
     source = await shared.upload({"train.py": "print('as uploaded')"})
     pushed = await shared.submit("", source=source, delivery=name, command=[])

@@ -31,7 +31,7 @@ def test_a_section_that_says_everything() -> None:
                 "environment": {"THREADS": 2, "MODE": "fast"},
                 "seed": 7,
                 "max_attempts": 3,
-                "triggers": ["push", "drift", {"cron": "0 3 * * 1-5"}],
+                "triggers": [{"cron": "0 3 * * 1-5"}],
             }
         )
     )
@@ -39,7 +39,7 @@ def test_a_section_that_says_everything() -> None:
     assert section.command == ("python", "train.py", "--epochs", "4")
     assert section.resources == Resources(2, 4 * 2**30, 5400, 500_000_000)
     assert section.environment == {"THREADS": "2", "MODE": "fast"}
-    assert (section.seed, section.max_attempts, section.triggers) == (7, 3, ("push", "drift", "cron 0 3 * * 1-5"))
+    assert (section.seed, section.max_attempts) == (7, 3)
     assert section.crons == ("0 3 * * 1-5",)
 
 
@@ -77,9 +77,9 @@ def test_the_least_that_a_section_says() -> None:
         ({"seed": -1}, ["train.seed"]),
         ({"seed": "7"}, ["train.seed"]),
         ({"max_attempts": 21}, ["train.max_attempts"]),
-        ({"triggers": ["pull"]}, ["train.triggers[0]"]),
+        ({"triggers": ["push", "drift"]}, ["train.triggers[0]", "train.triggers[1]"]),
         ({"triggers": "push"}, ["train.triggers"]),
-        ({"triggers": ["push", {"cron": "* * * *"}]}, ["train.triggers[1].cron"]),
+        ({"triggers": ["push", {"cron": "* * * *"}]}, ["train.triggers[0]", "train.triggers[1].cron"]),
     ],
 )
 def test_what_is_wrong_is_named_by_its_path(changes: dict[str, Any], fields: list[str]) -> None:

@@ -17,7 +17,7 @@ from servicekit.paging import page_size
 from trainer.domain import training as rules
 from trainer.domain.errors import Problem, Refused, Rejected
 from trainer.domain.schedule import last_due
-from trainer.domain.section import TrainSection, parse, unwatched
+from trainer.domain.section import TrainSection, parse
 from trainer.domain.training import Event, Request, Resources, Source, Status, Training
 from trainer.ports import AppliedDelivery, Logs, RequestKey, Store, UnitOfWork, Upload
 
@@ -208,7 +208,7 @@ class Trainer:
             self._check_most(section.resources, "train.")
         except Rejected as exc:
             return list(exc.problems)
-        return unwatched(section)
+        return []
 
     async def remember(self, delivery: AppliedDelivery) -> None:
         """Keeps what a delivery says; the highest revision counts, whatever comes last."""

@@ -41,22 +41,8 @@ class TrainSection:
     resources: Resources = field(default_factory=Resources)
     seed: int = 0
     max_attempts: int = 0
-    triggers: tuple[str, ...] = ()
-    """`cron <five fields>`; in sections that were stored earlier also `push` and `drift`, which nobody watches: see `unwatched`."""
-
-    @property
-    def crons(self) -> tuple[str, ...]:
-        """The cron expressions among the triggers."""
-        return tuple(trigger.removeprefix("cron ") for trigger in self.triggers if trigger.startswith("cron "))
-
-
-def unwatched(section: TrainSection, prefix: str = "train") -> list[Problem]:
-    """The triggers that can be read and would never start anything; a delivery that asks for one is not to be stored."""
-    return [
-        Problem(f"{prefix}.triggers[{index}]", f"{trigger} is not watched yet; use cron, or start it with headrace run")
-        for index, trigger in enumerate(section.triggers)
-        if not trigger.startswith("cron ")
-    ]
+    crons: tuple[str, ...] = ()
+    """The triggers: cron expressions of five fields."""
 
 
 def parse(section_json: str, prefix: str = "train") -> TrainSection:
@@ -97,7 +83,7 @@ class _Reader:
             resources=resources,
             seed=self._whole(f"{self._prefix}.seed", given.get("seed", 0), 0, rules.MAX_SEED),
             max_attempts=self._whole(f"{self._prefix}.max_attempts", given.get("max_attempts", 0), 0, rules.MAX_ATTEMPTS),
-            triggers=tuple(self._triggers(given.get("triggers", []))),
+            crons=tuple(self._triggers(given.get("triggers", []))),
         )
 
     def _source(self, value: Any) -> tuple[str, str, str]:
@@ -157,14 +143,12 @@ class _Reader:
             self._wrong(where, 'a list is needed, like [{cron: "0 3 * * *"}]')
             return
         for index, trigger in enumerate(value):
-            if trigger in ("push", "drift"):
-                yield trigger
-            elif isinstance(trigger, dict) and set(trigger) == {"cron"} and isinstance(trigger["cron"], str):
+            if isinstance(trigger, dict) and set(trigger) == {"cron"} and isinstance(trigger["cron"], str):
                 if wrong := check_cron(trigger["cron"]):
                     self._wrong(f"{where}[{index}].cron", wrong)
-                yield f"cron {trigger['cron']}"
+                yield trigger["cron"]
             else:
-                self._wrong(f"{where}[{index}]", '{cron: "minute hour day month weekday"} is needed')
+                self._wrong(f"{where}[{index}]", '{cron: "minute hour day month weekday"} is needed, or start it with headrace run')
 
     def _mapping(self, where: str, value: Any, known: tuple[str, ...] | None) -> dict[str, Any]:
         if not isinstance(value, dict):
