@@ -266,6 +266,15 @@ async def test_what_json_can_say_and_a_service_cannot_hear_is_a_bad_request(api:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "INVALID"), answer.text
 
 
+@pytest.mark.parametrize(
+    "body", [{"metrics": [{}] * 50_000}, {"tags": {str(n): n for n in range(50_000)}}, {"metrics": [{"key": "k"}] * 300}]
+)
+async def test_a_wrong_body_of_any_size_is_told_shortly(api: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    answer = await api.post("/api/v1/runs/r/log-batch", json=body)
+    assert answer.status_code == 400
+    assert len(answer.content) < 2_000
+
+
 async def test_another_method_is_refused_in_the_same_form(api: httpx.AsyncClient) -> None:
     answer = await api.delete("/api/v1/runs")
     assert (answer.status_code, answer.json()["error"]["code"], answer.headers["allow"]) == (405, "INVALID", "POST")

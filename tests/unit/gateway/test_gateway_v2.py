@@ -133,6 +133,13 @@ def test_a_malformed_request_has_one(inputs: Any) -> None:
     assert fault(json.dumps({"inputs": inputs}).encode())
 
 
+@pytest.mark.parametrize("shape", [[2] * 100_000, [10**300] * 64, [0] * 64, [-1], [10**300]])
+def test_a_shape_of_any_size_is_a_fault_and_takes_no_time(shape: list[int]) -> None:
+    told = fault(json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": shape, "data": [1.0]}]}).encode())
+    assert told is not None
+    assert len(told) < 200
+
+
 def test_a_number_beyond_every_float_is_a_fault_and_infinity_is_none() -> None:
     body = json.dumps({"inputs": [tensor([0])]})
     assert fault(body.replace("[0]", "[1e999]").encode())

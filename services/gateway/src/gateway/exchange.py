@@ -273,6 +273,10 @@ class Exchange:
             self.plane.shadows.offer(route, request, body, ids, self.json_length)
 
     def crashed(self) -> None:
+        # A fault of ours says nothing about the arm.
+        if self.counts is not None and not self.response_complete:
+            self.counts.not_counted()
+            self.counts = None
         self.server.transport.abort()
 
     def failed(self, failure: Failure, *, stale: bool) -> None:

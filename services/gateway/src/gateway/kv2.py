@@ -7,6 +7,7 @@ https://github.com/open-inference/open-inference-protocol (REST). Everything tha
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from enum import Enum
@@ -111,6 +112,9 @@ overflow its stack, and that is the end of the process and of every model in it.
 MAX_DEPTH: Final = 64
 """Levels of JSON in a longer body; a tensor has few dimensions."""
 
+MAX_DIMENSIONS: Final = 64
+"""Sizes in a tensor's shape. Their product is a number of as many digits as they have together, and takes as long."""
+
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _AS_LISTS = bytes.maketrans(b"{}", b"[]")
 _STEP = [0] * 256
@@ -211,6 +215,8 @@ def _tensor_fault(tensor: Any) -> str | None:
         return f"input {name!r} has no datatype"
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         return f"the shape of input {name!r} is not a list of sizes"
+    if len(shape) > MAX_DIMENSIONS:
+        return f"input {name!r} has more than {MAX_DIMENSIONS} dimensions"
     parameters = tensor.get("parameters", {})
     if (wrong := _parameters_fault(parameters)) is not None:
         return wrong
@@ -220,11 +226,8 @@ def _tensor_fault(tensor: Any) -> str | None:
     if not isinstance(data, list):
         return f"input {name!r} has no data"
     elements = flatten(data)
-    count = 1
-    for size in shape:
-        count *= size
-    if len(elements) != count:
-        return f"input {name!r} has {len(elements)} elements, its shape asks for {count}"
+    if len(elements) != math.prod(shape):
+        return f"input {name!r} has {len(elements)} elements, its shape asks for another number"
     if datatype in FLOATS:
         right = all(type(element) in (int, float) for element in elements)
     elif datatype in _INTEGERS:

@@ -29,6 +29,9 @@ _OPENAPI = f"{_PREFIX}/openapi.json"
 _NOT_ITS_OWN: TelemetryConfig = {"tracing": False, "logs": False}
 """FastAPI's own spans hold paths and query strings, its logs what exceptions say; its metrics name routes only, and stay."""
 
+_VIOLATIONS = 20
+"""So many wrong fields of a body are told at once."""
+
 Authenticate = Callable[[str], Caller]
 """Bearer token -> who it is. Raises Unauthenticated."""
 
@@ -46,7 +49,8 @@ def create_app(peers: Peers, authenticate: Authenticate, spans: SpanSource | Non
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        violations = [errors.Violation(".".join(map(str, problem["loc"][1:])) or "body", problem["msg"]) for problem in error.errors()]
+        problems = error.errors()[:_VIOLATIONS]
+        violations = [errors.Violation(".".join(map(str, problem["loc"][1:])) or "body", problem["msg"]) for problem in problems]
         return JSONResponse(errors.http_body(errors.Invalid("the request is not as it should be", violations)), status_code=400)
 
     @app.exception_handler(HTTPException)

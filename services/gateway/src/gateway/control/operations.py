@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from servicekit.errors import NotFound, Transient
 from servicekit.moments import moment
 
+from gateway.control.bounds import Listed
 from gateway.control.peers import Peers
 from gateway.control.routing import PeersOf, answers
 from gateway.control.wire import Json, to_json
@@ -22,8 +23,8 @@ router = APIRouter(tags=["operations"])
 
 class NewKey(BaseModel):
     subject: str
-    roles: list[str] = []
-    inference_endpoints: list[str] = []
+    roles: Listed[str] = []
+    inference_endpoints: Listed[str] = []
     expires_in_days: int | None = Field(default=None, gt=0, le=36_500)
 
 

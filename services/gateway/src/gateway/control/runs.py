@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from servicekit.access import current_caller
 from servicekit.errors import AlreadyExists, NotFound
 
+from gateway.control.bounds import Listed, Texts
 from gateway.control.peers import Peers
 from gateway.control.routing import PeersOf, answers
 from gateway.control.wire import Json, to_json
@@ -27,7 +28,7 @@ class SourceIn(BaseModel):
 class NewRun(BaseModel):
     experiment: str = Field(default="Default", description="By name; made when there is none.")
     name: str = ""
-    tags: dict[str, str] = {}
+    tags: Texts = {}
     lease_seconds: int = Field(default=0, ge=0, le=3600, description="More than 0: the run fails when nobody renews it for so long.")
     source: SourceIn = SourceIn()
     parent_run_id: str = ""
@@ -42,9 +43,9 @@ class MetricIn(BaseModel):
 
 
 class Batch(BaseModel):
-    metrics: list[MetricIn] = []
-    params: dict[str, str] = {}
-    tags: dict[str, str] = {}
+    metrics: Listed[MetricIn] = []
+    params: Texts = {}
+    tags: Texts = {}
 
 
 class Finish(BaseModel):
@@ -56,12 +57,12 @@ class Finish(BaseModel):
 class TensorIn(BaseModel):
     name: str
     datatype: str
-    shape: list[int]
+    shape: Listed[int]
 
 
 class SignatureIn(BaseModel):
-    inputs: list[TensorIn]
-    outputs: list[TensorIn]
+    inputs: Listed[TensorIn]
+    outputs: Listed[TensorIn]
 
 
 class ModelIn(BaseModel):
@@ -78,7 +79,7 @@ class DatasetIn(BaseModel):
 
 
 class Inputs(BaseModel):
-    inputs: list[DatasetIn]
+    inputs: Listed[DatasetIn]
 
 
 class Upload(BaseModel):
@@ -88,7 +89,7 @@ class Upload(BaseModel):
 
 
 class Parts(BaseModel):
-    part_etags: list[str] = []
+    part_etags: Listed[str] = []
 
 
 class NewDatasetVersion(BaseModel):

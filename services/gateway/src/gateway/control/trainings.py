@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from servicekit.errors import DeadlineExceeded
 
+from gateway.control.bounds import Listed, Texts
 from gateway.control.routing import PeersOf, answers
 from gateway.control.wire import Json, to_json
 
@@ -39,8 +40,8 @@ class NewTraining(BaseModel):
     delivery: str = Field(default="", description="Takes what is not given here from this delivery's train section.")
     experiment: str = ""
     source: SourceIn | None = None
-    command: list[str] = []
-    environment: dict[str, str] = {}
+    command: Listed[str] = []
+    environment: Texts = {}
     resources: ResourcesIn | None = None
     seed: int = 0
     run_name: str = ""
