@@ -391,9 +391,13 @@ class Pool:
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(lambda: Connection(self), self._host, self._port)
-        except (OSError, TimeoutError) as error:
+        except Exception as error:
             self._connecting.discard(task)
-            _log.debug("cannot connect to %s:%s: %s", self._host, self._port, error)
+            if isinstance(error, OSError):
+                _log.debug("cannot connect to %s:%s: %s", self._host, self._port, error)
+            else:
+                # Such as a name that no resolver takes. Whoever waits must be told of it all the same.
+                _log.exception("cannot connect to %s:%s", self._host, self._port)
             if self._waiting:
                 _tell(self._waiting.popleft(), Failure.CONNECT)
             self._connect_if_needed()
