@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaClient, AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka import errors as kafka_errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.conn import CloseReason
 from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.producer.sender import Sender
 from servicekit.errors import Unavailable
 
 from eventing.broker import Fetched, OffsetOutOfRange, Partition, Polled, Producer, Reader, Record, TopicSpec
@@ -41,6 +43,32 @@ _TOPIC_WAIT_S = 2.0
 """How long a send looks for a topic that it does not know yet."""
 
 
+_PRIVATE = (
+    (AIOKafkaClient, "_get_conn", "_on_connection_closed"),
+    (AIOKafkaClient, "__init__", "_md_update_fut"),
+    (AIOKafkaProducer, "__init__", "_closed"),
+    (AIOKafkaProducer, "__init__", "_sender"),
+    (Sender, "__init__", "_sender_task"),
+)
+"""Private names of aiokafka that this module reads or sets, each with a function of aiokafka that does so too."""
+
+
+def check_aiokafka() -> None:
+    """Raises RuntimeError unless aiokafka has the private names that this module uses: a lost connection would pass unnoticed without."""
+    missing = [name for cls, function, name in _PRIVATE if name not in _names(cls, function)]
+    if not isinstance(getattr(Sender, "sender_task", None), property):
+        missing.append("sender_task")
+    if list(inspect.signature(AIOKafkaClient._on_connection_closed).parameters) != ["self", "conn", "reason"]:
+        missing.append("_on_connection_closed(conn, reason)")
+    if missing:
+        raise RuntimeError(f"this aiokafka lacks {', '.join(missing)}")
+
+
+def _names(cls: type, function: str) -> tuple[str, ...]:
+    code = getattr(getattr(cls, function, None), "__code__", None)
+    return () if code is None else code.co_names
+
+
 class KafkaBroker:
     """A Kafka cluster. `options` go to every client of aiokafka: `security_protocol`, `ssl_context`, `sasl_mechanism` and so on."""
 
@@ -54,6 +82,7 @@ class KafkaBroker:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """`session_timeout_s`: after this long without a sign of life a member's partitions go to the others of its group."""
+        check_aiokafka()
         own_log = logging.getLogger("aiokafka")
         if own_log.level == logging.NOTSET:
             # It logs an error for each of its ten attempts a second while a broker is away; we say that ourselves, with a backoff.
