@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import which
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -85,6 +86,12 @@ def up(state_dir: Path, progress: bool | Progress = True, *, with_services: bool
             _start(paths, show, with_services, die_with_us)
             _await_ready(paths, show)
         return _info(paths)
+
+
+def moved(info: StackInfo) -> str:
+    """That the gateway listens elsewhere because its port is taken, in words; empty when it is where it should be."""
+    port = urlsplit(info.gateway_url).port
+    return f"{layout.GATEWAY_PORT} is taken, using {port}" if port != layout.GATEWAY_PORT and not is_free(layout.GATEWAY_PORT) else ""
 
 
 def down(state_dir: Path) -> list[str]:

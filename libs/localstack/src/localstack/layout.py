@@ -36,7 +36,9 @@ _POSTGRES, _KAFKA, _KAFKA_CONTROLLER, _S3, _TRITON_HTTP, _TRITON_GRPC, _TRITON_M
     18002,
     14318,
 )
-_SERVICE_GRPC, _SERVICE_HTTP, _GATEWAY = 17000, 17100, 8080
+_SERVICE_GRPC, _SERVICE_HTTP = 17000, 17100
+GATEWAY_PORT = 8080
+"""Where a stack's gateway listens when nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def make(state: Path, *, with_services: bool = True, running: bool = False, rand
     passwords = {service.name: secrets.get(f"postgres-{service.name}") for service in SERVICES if service.database}
     grpc_ports = {service.name: ports.claim(f"{service.name}-grpc", _SERVICE_GRPC + at) for at, service in enumerate(SERVICES)}
     http_ports = {service.name: ports.claim(f"{service.name}-http", _SERVICE_HTTP + at) for at, service in enumerate(SERVICES)}
-    gateway_port = ports.claim("gateway", _GATEWAY)
+    gateway_port = ports.claim("gateway", GATEWAY_PORT)
     addresses = Addresses(
         database={
             name: f"postgresql+asyncpg://{name}:{password}@{LOOPBACK}:{postgres.port}/{schemas.DATABASE}"

@@ -111,7 +111,11 @@ class Client:
         try:
             return self._http.request(method, path, content=content, headers=dict(headers or {}))
         except httpx.TransportError as error:
-            raise Unreachable(f"{self.target.url} does not answer: {error}") from error
+            raise self._silent(error) from error
+
+    def _silent(self, error: httpx.TransportError) -> Unreachable:
+        advice = "is it running? `headrace status` tells, `headrace up` starts a local one"
+        return Unreachable(f"{self.target.url} does not answer ({error}); {advice}")
 
     def _json(
         self,
@@ -129,7 +133,7 @@ class Client:
                 answer = self._http.request(method, path, params=params, json=body)
             except httpx.TransportError as error:
                 if last:
-                    raise Unreachable(f"{self.target.url} does not answer ({error}); is it running? `headrace status` tells") from error
+                    raise self._silent(error) from error
             else:
                 if answer.status_code < 400:
                     return dict(answer.json()) if answer.content else {}

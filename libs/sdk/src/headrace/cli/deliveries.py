@@ -16,6 +16,10 @@ from headrace.runs import start_run
 # How a journey ends; anything else is on its way.
 GOOD_ENDS = frozenset({"completed"})
 BAD_ENDS = frozenset({"failed", "rolled_back", "skipped", "superseded", "reverted", "rejected", "archived"})
+_DESCRIPTION = (
+    '{"signature": {"inputs": [{"name", "datatype", "shape"}, ..], "outputs": [..]}, '
+    '"samples": {"inputs": {name: rows}, "outputs": {name: rows}}}'
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -124,9 +128,7 @@ def deploy(
     endpoint: Annotated[str, typer.Option("--endpoint", help="The endpoint; a delivery must claim it.")],
     samples: Annotated[
         Path,
-        typer.Option(
-            "--samples", help='JSON: {"signature": {"inputs": [..], "outputs": [..]}, "samples": {"inputs": {..}, "outputs": {..}}}.'
-        ),
+        typer.Option("--samples", help=f"JSON: {_DESCRIPTION}."),
     ],
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it to its end.")] = True,
     json: JsonFlag = False,
@@ -137,14 +139,19 @@ def deploy(
     try:
         description = jsonlib.loads(samples.read_text())
         signature, rows = description["signature"], description["samples"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InvalidInput(f"{samples}: not a JSON file with `signature` and `samples` ({error})") from None
+    except OSError as error:
+        raise InvalidInput(f"cannot read {samples}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInput(f"{samples} must hold a JSON object: {_DESCRIPTION}") from None
     with Client() as client:
         delivery = next((d for d in client.get("/api/v1/deliveries")["deliveries"] if d["endpoint"] == endpoint), None)
         if delivery is None:
             raise InvalidInput(f"no delivery claims the endpoint {endpoint}: write one and `headrace apply` it first")
         with start_run(delivery["experiment"], name=f"deploy {model.name}", tags={"headrace.source": "deploy"}) as run:
-            run.log_model(model, signature=signature, samples=rows)
+            try:
+                run.log_model(model, signature=signature, samples=rows)
+            except InvalidInput as error:
+                raise InvalidInput(str(error), code=error.code, violations=_of_files(error.violations, model, samples)) from None
         if not wait:
             print_json({"run_id": run.id}) if json else console.print(
                 f"run {run.id}; follow it with `headrace watch {delivery['name']} --run {run.id}`"
@@ -155,6 +162,15 @@ def deploy(
         print_json(journey)
     if journey["state"] not in GOOD_ENDS:
         raise typer.Exit(1)
+
+
+def _of_files(violations: tuple[Json, ...], model: Path, samples: Path) -> tuple[Json, ...]:
+    """What is wrong, with the files that were given in place of the fields that they became."""
+
+    def named(field: str) -> str:
+        return {"path": str(model), "samples_path": str(samples)}.get(field, f"{samples}: {field}")
+
+    return tuple({**violation, "field": named(str(violation.get("field", "")))} for violation in violations)
 
 
 def _journey_table(journeys: list[Json]) -> None:

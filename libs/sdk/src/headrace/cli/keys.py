@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.output import JsonFlag, console, print_json, table
-from headrace.http import Client
+from headrace.cli.output import JsonFlag, console, print_json, say, table
+from headrace.http import Client, HeadraceError
 
 keys = typer.Typer(help="API keys: scoped, expiring, stored as hashes.", no_args_is_help=True)
 
@@ -48,15 +48,19 @@ def create(
     days: Annotated[int | None, typer.Option("--days", help="Days until it expires. Default: never.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Make a key. Its text is shown once."""
+    """Make a key. Its text, alone on stdout, is shown once."""
     with Client() as client:
         answer = client.post(
             "/api/v1/keys", {"subject": subject, "roles": role or [], "inference_endpoints": endpoint or [], "expires_in_days": days}
         )
-    if json:
-        print_json(answer)
-    else:
-        console.print(answer["secret"], markup=False)
+        if json:
+            print_json(answer)
+        else:
+            print(answer["secret"], flush=True)
+            key = answer["key"]
+            say(f"key {key['key_id']} of {subject}, shown this once; it expires: {key.get('expires_at') or 'never'}")
+        if wanted := set(endpoint or []) - {"*"}:
+            _warn_of_missing(client, wanted)
 
 
 @keys.command()
@@ -65,3 +69,14 @@ def revoke(key_id: Annotated[str, typer.Argument(help="The key's id.")], json: J
     with Client() as client:
         answer = client.delete(f"/api/v1/keys/{key_id}")
     print_json(answer) if json else console.print(f"{key_id}: revoked")
+
+
+def _warn_of_missing(client: Client, wanted: set[str]) -> None:
+    """A key may be made before its endpoint; a misspelt one would be noticed late."""
+    try:
+        known = {one["name"] for one in client.get("/api/v1/endpoints")["endpoints"]}
+    except HeadraceError as error:  # the key is made and told
+        say(f"warning: whether there is an endpoint {', '.join(sorted(wanted))} is not known: {error}")
+        return
+    if missing := sorted(wanted - known):
+        say(f"warning: there is no endpoint {', '.join(missing)} yet (`headrace endpoints` lists them)")

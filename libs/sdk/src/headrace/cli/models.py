@@ -116,7 +116,13 @@ def reject(
 
 def _decide(approval: str, yes: bool, comment: str, json: bool) -> None:
     with Client() as client:
-        answer = client.post(f"/api/v1/approvals/{approval}/decision", {"approve": yes, "comment": comment}, repeatable=True)
+        try:
+            answer = client.post(f"/api/v1/approvals/{approval}/decision", {"approve": yes, "comment": comment}, repeatable=True)
+        except InvalidInput as error:
+            if error.code != "NOT_FOUND" and not error.violations:  # such as one that was decided already
+                raise
+            reason = f"there is no approval {approval}; `headrace approvals` lists those that are awaited"
+            raise InvalidInput(reason, code=error.code) from None
     print_json(answer) if json else console.print(f"{approval}: {answer['approval']['status']}")
 
 
@@ -124,7 +130,10 @@ def audit(
     target: Annotated[str | None, typer.Option("--target", help="Only this, as the list names it, such as delivery/flight-delays.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Every change: who, what, why. Newest first."""
+    """What was done to deliveries, versions, aliases, approvals and keys: who, what, why. Newest first.
+
+    What a rollout decided, and who paused, aborted or reverted it, is in `headrace rollout explain`.
+    """
     with Client() as client:
         answer = client.get("/api/v1/audit", target=target)
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headrace.cli.output import JsonFlag, console, print_json, table
+from headrace.cli.output import JsonFlag, console, print_json, say, table
 from headrace.config import state_dir
 from headrace.http import HeadraceError, InvalidInput
 
@@ -52,10 +53,16 @@ def up(state: StateDir = None, json: JsonFlag = False) -> None:
     """Start PostgreSQL, Kafka, S3, Triton and the six services on this machine. Starting again changes nothing."""
     with _told() as api:
         info = api.up(state or state_dir(), progress=not json)
+        moved = api.moved(info)
     if json:
         print_json(info.as_dict())
-    else:
-        console.print(f"ready: {info.gateway_url}   (state in {info.state_dir}; `headrace status`, `headrace logs`, `headrace down`)")
+        return
+    if moved:
+        say(moved)
+    key = Path(info.state_dir) / "secrets" / "admin-key"
+    print(f"ready: {info.gateway_url}   (state in {info.state_dir}; `headrace status`, `headrace logs`, `headrace down`)")
+    print(f"the admin key is in {key}; in other folders than this one and those below it, first:")
+    print(f"  export HEADRACE_URL={info.gateway_url} HEADRACE_API_KEY=$(cat {shlex.quote(str(key))})")
 
 
 def down(state: StateDir = None, json: JsonFlag = False) -> None:
@@ -74,6 +81,8 @@ def status(state: StateDir = None, json: JsonFlag = False) -> None:
         rows = api.status(state or state_dir())
     if json:
         print_json([row.as_dict() for row in rows])
+    elif not rows:
+        console.print("none: no stack was started here; `headrace up` starts one")
     else:
         table(
             ["name", "state", "pid", "port", "restarts", "memory MB", "detail"],
