@@ -74,6 +74,9 @@ def test_files_and_folders_arrive_with_their_content_and_execute_bit(tmp_path: P
         lambda tar: add(tar, "pipe", type=tarfile.FIFOTYPE),
         lambda tar: (add(tar, "twice", b"1"), add(tar, "twice", b"2")),
         lambda tar: (add(tar, "a", b"1"), add(tar, "a/b", b"2")),
+        lambda tar: add(tar, "a" * 300, b"1"),
+        lambda tar: add(tar, "d/" * 64 + "file", b"1"),
+        lambda tar: add(tar, "d/" * 1_900, type=tarfile.DIRTYPE),
     ],
 )
 def test_nothing_but_plain_files_below_the_folder(tmp_path: Path, fill: Fill) -> None:
@@ -140,6 +143,19 @@ class Repository:
         self.git("add", "-A")
         self.git("commit", "--quiet", "-m", "more")
         return self.git("rev-parse", "HEAD")
+
+
+async def test_a_repository_with_too_many_folders_within_one_another_is_refused(tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "repository")
+    deep = repository.folder / ("d/" * 70)
+    deep.mkdir(parents=True)
+    (deep / "file").write_text("x")
+    repository.commit(**{"train.py": "1"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Invalid, match="64 folders within one another"):
+        await SourceFetcher(MemoryStore(), 1_000_000, protocols=["file"]).fetch(
+            Source(git_url=repository.url, git_ref="main"), None, tmp_path / "out"
+        )
 
 
 async def test_git_sources_are_fetched_at_their_ref(tmp_path: Path) -> None:

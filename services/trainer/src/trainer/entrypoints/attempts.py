@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from trainer.adapters.logs import job_dir
 from trainer.adapters.store import KIND, SqlStore
 from trainer.handlers import Outcome, Trainer
-from trainer.runner import sandbox
+from trainer.runner import sandbox, tree
 from trainer.runner.child import Child
 from trainer.runner.disk import of_disk
 from trainer.runner.keeper import Claim, read_outcome
@@ -82,7 +81,7 @@ class Attempts:
         self._store.committed()
 
     async def _run(self, job: Job, context: JobContext, folder: Path) -> Outcome:
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await asyncio.to_thread(tree.remove, folder)
         await asyncio.to_thread(folder.mkdir, parents=True)
         trace = telemetry.current_traceparent()
         claim = Claim(job.key, str(job.id), job.kind, job.attempt, job.fencing_token, job.max_attempts, os.getpid(), trace)
@@ -238,14 +237,13 @@ def _kill_noted(note: Path) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Removes what an attempt needed while it ran; what it said stays."""
-    for entry in list(folder.iterdir()) if folder.is_dir() else []:
-        if entry.name in _KEPT:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+    """Removes what an attempt needed while it ran; what it said stays, and what cannot be removed. The note of its process goes first:
+    nothing that the attempt left can make the next trainers do all this again."""
+    try:
+        (folder / _PROCESS).unlink(missing_ok=True)
+        tree.remove(*(entry for entry in folder.iterdir() if entry.name not in _KEPT))
+    except OSError as exc:
+        _log.warning("the folder of an attempt stays as it is: %s", exc)
 
 
 def _code(code: int | None) -> str:

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import shlex
-import shutil
 import signal
 import stat
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,7 +23,7 @@ from servicekit.errors import Conflict, Invalid, NotFound, Transient
 from trainer.domain.training import Training
 from trainer.handlers import Outcome, Trainer
 from trainer.ports import NewRun, Sources, StartedRun, Tracker
-from trainer.runner import provenance, sandbox
+from trainer.runner import provenance, sandbox, tree
 from trainer.runner.disk import FULL, of_disk
 from trainer.runner.egress import Destination, Egress
 from trainer.runner.log import Log
@@ -113,7 +112,7 @@ class Attempt:
             error = of_disk(exc)
             if error is not exc:
                 # What is left of the attempt is told on the same disk.
-                await asyncio.to_thread(shutil.rmtree, self._folder / "source", ignore_errors=True)
+                await asyncio.to_thread(tree.remove, self._folder / "source")
             if self._run is not None:
                 await self._finish("FAILED", str(error) if isinstance(error, Invalid | Transient) else "an internal error of the trainer")
             raise error from exc.__cause__ if error is exc else exc
@@ -303,7 +302,7 @@ def judge(ended: Ended, limits: Limits, tail: str) -> Outcome:
 
 
 def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    tree.remove(folder)
     folder.mkdir(parents=True)
 
 

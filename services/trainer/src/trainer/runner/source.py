@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-import shutil
 import signal
 import tarfile
 from collections.abc import Container, Sequence
@@ -17,11 +17,15 @@ from servicekit.errors import Invalid, TooLarge, Unavailable
 
 from trainer.domain.training import Source
 from trainer.ports import Upload
+from trainer.runner import tree
 from trainer.runner.child import output_of
 from trainer.runner.egress import HTTP, HTTPS, Destination, destination
 
 SETTING = "HEADRACE_GIT_HOSTS"
 MAX_FILES = 50_000
+MAX_DEPTH = 64
+"""Folders within one another. Who walks the source may recurse."""
+
 _GIT_S = 600.0
 _CHUNK = 1 << 20
 _INHERITED = ("PATH", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "GIT_SSL_CAINFO", "GIT_SSL_CAPATH", "SSL_CERT_FILE")
@@ -65,8 +69,8 @@ class SourceFetcher:
         await self._git(folder, "fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, ref)
         await self._git(folder, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--no-recurse-submodules", "FETCH_HEAD")
         commit = await self._git(folder, "rev-parse", "HEAD")
-        await asyncio.to_thread(shutil.rmtree, folder / ".git")
-        await asyncio.to_thread(_check_size, folder, self._max_bytes * 10)
+        await asyncio.to_thread(tree.remove, folder / ".git")
+        await asyncio.to_thread(_check, folder, self._max_bytes * 10)
         return commit
 
     def _check_allowed(self, url: str) -> None:
@@ -118,8 +122,8 @@ class SourceFetcher:
 def unpack(archive: Path, folder: Path, max_bytes: int, max_files: int = MAX_FILES) -> None:
     """Unpacks a tar.gz into an existing folder. Blocks.
 
-    Only plain files and folders below it are accepted: no absolute path, no `..`, no link, no device; raises Invalid otherwise,
-    and TooLarge beyond `max_bytes` unpacked or `max_files` files and folders.
+    Only plain files and folders below it are accepted: no absolute path, no `..`, no link, no device, nothing deeper than MAX_DEPTH;
+    raises Invalid otherwise, and TooLarge beyond `max_bytes` unpacked or `max_files` files and folders.
     """
     left = max_bytes
     count = 0
@@ -141,9 +145,11 @@ def unpack(archive: Path, folder: Path, max_bytes: int, max_files: int = MAX_FIL
                     target.parent.mkdir(parents=True, exist_ok=True)
                     _write(content, target, 0o755 if member.mode & 0o100 else 0o644)
     except (tarfile.TarError, EOFError, OSError) as exc:
-        # An error of the machine, but for names that contradict each other (a file where a folder is needed, a name given twice).
-        contradiction = isinstance(exc, FileExistsError | NotADirectoryError | IsADirectoryError)
-        if isinstance(exc, OSError) and exc.errno is not None and not contradiction:
+        # An error of the machine, but for names that cannot be (a file where a folder is needed, a name given twice or too long).
+        impossible = isinstance(exc, FileExistsError | NotADirectoryError | IsADirectoryError) or (
+            isinstance(exc, OSError) and exc.errno == errno.ENAMETOOLONG
+        )
+        if isinstance(exc, OSError) and exc.errno is not None and not impossible:
             raise
         raise Invalid(f"the source is not a tar.gz that can be unpacked: {exc}") from exc
 
@@ -153,6 +159,8 @@ def _safe(member: tarfile.TarInfo) -> str:
     plain = name == "." or not any(part in ("", ".", "..") for part in name.split("/"))
     if not plain or "\\" in name or "\x00" in name:
         raise Invalid(f"the source holds {member.name!r}, which is not a path below its folder")
+    if name.count("/") >= MAX_DEPTH:
+        raise _too_deep(name)
     if not member.isfile() and not member.isdir():
         raise Invalid(f"the source holds {member.name!r}, which is neither a file nor a folder")
     return name
@@ -165,9 +173,18 @@ def _write(content: IO[bytes], target: Path, mode: int) -> None:
             file.write(chunk)
 
 
-def _check_size(folder: Path, max_bytes: int) -> None:
+def _too_deep(name: str) -> Invalid:
+    return Invalid(f"the source holds {name[:100]!r} and so on, more than {MAX_DEPTH} folders within one another")
+
+
+def _check(folder: Path, max_bytes: int) -> None:
+    """Raises TooLarge for a fetched source of too many bytes or files, Invalid for one that is too deep. Blocks."""
     size = count = 0
+    top = str(folder)
     for parent, folders, files in os.walk(folder):
+        inside = parent[len(top) + 1 :]
+        if inside.count(os.sep) + bool(inside) >= MAX_DEPTH and (files or folders):
+            raise _too_deep(inside)
         count += len(files) + len(folders)
         size += sum(os.lstat(os.path.join(parent, name)).st_size for name in files)
     if count > MAX_FILES or size > max_bytes:

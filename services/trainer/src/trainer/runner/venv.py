@@ -13,14 +13,13 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import uv
 from servicekit.errors import Invalid, Unavailable
 
-from trainer.runner import sandbox
+from trainer.runner import sandbox, tree
 from trainer.runner.child import output_of
 from trainer.runner.disk import FULL
 from trainer.runner.sandbox import Command, Limits
@@ -59,7 +58,7 @@ class Venvs:
             if (venv / _COMPLETE).exists():
                 return venv
             note("installing the packages of requirements.lock")
-            await asyncio.to_thread(shutil.rmtree, venv, ignore_errors=True)
+            await asyncio.to_thread(tree.remove, venv)
             await _install(lock, venv, scratch, output)
             await _compile(venv, scratch, output)
             (venv / _COMPLETE).touch()
