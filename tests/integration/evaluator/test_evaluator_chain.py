@@ -231,7 +231,11 @@ async def test_the_whole_way_over_kafka(start: Any, topic_prefix: str) -> None:
 
 
 async def test_nothing_is_left_behind(evaluator: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
     await evaluator.outcome_of(await evaluator.finish_run(await evaluator.logged(evaluator.tiny.linear(2.0))))
     await evaluator.outcome_of(await evaluator.finish_run(await evaluator.logged(evaluator.tiny.linear(2.0, breaks_above=1.0))))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(elsewhere) == []
+    (mine,) = [path for path in (evaluator.settings.state_dir / "scratch").iterdir() if path.is_dir()]
+    assert os.listdir(mine) == []
