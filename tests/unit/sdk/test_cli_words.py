@@ -133,6 +133,44 @@ def test_a_bad_model_file_is_named_as_it_was_given(gateway: Gateway, told: Told,
     assert "  rows.json: samples.inputs.x: is missing" in err
 
 
+TRACEBACK = """exit code 1
+Traceback (most recent call last):
+  File "train.py", line 1, in <module>
+ValueError: no rows
+
+"""
+
+
+def training(status: str, **more: str) -> dict[str, Any]:
+    made = {"training_id": "t-1", "delivery": "d", "status": status, "attempt": 1, "run_id": "", "created_at": "now", "reason": ""}
+    return {**made, **more}
+
+
+def test_a_traceback_is_in_the_log_and_its_last_line_in_the_sentence(gateway: Gateway, told: Told) -> None:
+    failed = training("failed", reason=TRACEBACK, run_id="r-12345678")
+    gateway.table["GET", "/api/v1/trainings/t-1/log"] = (200, TRACEBACK.removeprefix("exit code 1\n"))
+    gateway.table["GET", "/api/v1/trainings/t-1"] = (200, {"training": failed})
+    gateway.table["GET", "/api/v1/trainings"] = (200, {"trainings": [failed]})
+    code, out, err = told("attach", "t-1")
+    assert (code, out.count("Traceback")) == (1, 1)
+    assert err == "training failed: ValueError: no rows  (run r-12345678)\n"
+    code, out, _ = told("trainings")
+    assert "Traceback" not in out
+    assert "ValueError: no rows" in out
+    assert json.loads(told("trainings", "--json")[1])["trainings"][0]["reason"] == TRACEBACK
+    gateway.table["GET", "/api/v1/trainings/t-1"] = (200, {"training": training("cancelled", reason="cancelled by ada")})
+    assert told("attach", "t-1")[2] == "training cancelled: cancelled by ada\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [("succeeded", "already succeeded: nothing to cancel"), ("failed", "already failed: nothing to cancel"), ("cancelled", "cancelled")],
+)
+def test_what_has_ended_is_not_cancelled(gateway: Gateway, told: Told, status: str, words: str) -> None:
+    gateway.table["POST", "/api/v1/trainings/t-1/cancel"] = (200, {"training": training(status)})
+    assert told("cancel", "t-1")[:2] == (0, f"training t-1: {words}\n")
+
+
 def test_status_without_a_stack_names_up(told: Told, tmp_path: Path) -> None:
     code, out, _ = told("status", "--state-dir", str(tmp_path))
     assert (code, out) == (1, "none: no stack was started here; `headrace up` starts one\n")

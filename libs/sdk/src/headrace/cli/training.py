@@ -94,7 +94,7 @@ def trainings(
     table(
         ["training", "delivery", "status", "attempt", "run", "created", "reason"],
         (
-            [t["training_id"], t["delivery"], t["status"], t["attempt"], t["run_id"][:8], t["created_at"], t["reason"]]
+            [t["training_id"], t["delivery"], t["status"], t["attempt"], t["run_id"][:8], t["created_at"], _last_line(t["reason"])]
             for t in answer["trainings"]
         ),
     )
@@ -114,7 +114,12 @@ def cancel(training_id: Annotated[str, typer.Argument(help="The training.")], js
     """Stop a training, at any time."""
     with Client() as client:
         training = client.post(f"/api/v1/trainings/{training_id}/cancel", repeatable=True)["training"]
-    print_json(training) if json else console.print(f"training {training_id}: {training['status']}")
+    if json:
+        print_json(training)
+    elif training["status"] in ("succeeded", "failed"):
+        console.print(f"training {training_id}: already {training['status']}: nothing to cancel")
+    else:
+        console.print(f"training {training_id}: {training['status']}")
 
 
 def _words(command: str) -> list[str]:
@@ -225,5 +230,12 @@ def _follow(client: Client, training_id: str, *, quiet: bool) -> Json:
         say(f"the training goes on: `headrace attach {training_id}` follows it again, `headrace cancel {training_id}` stops it")
         raise
     if not quiet:
-        say(f"training {training['status']}{': ' + training['reason'] if training.get('reason') else ''}  (run {training['run_id']})")
+        why = _last_line(training.get("reason") or "")
+        run_id = training["run_id"]
+        say(f"training {training['status']}{f': {why}' if why else ''}{f'  (run {run_id})' if run_id else ''}")
     return training
+
+
+def _last_line(reason: str) -> str:
+    """Of a traceback, what was raised: the rest of it is in the log, and in the reason as JSON."""
+    return next((line.strip() for line in reversed(reason.splitlines()) if line.strip()), "")
