@@ -268,9 +268,12 @@ class Gateway:
         self.server = DataServer(self.plane, control_app, "127.0.0.1", 0, grace_s=5)
         self.revision = 0
         for text, roles, key_id in ((KEY, frozenset[str](), "user"), (ADMIN, frozenset({"admin"}), "admin")):
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            self.plane.access.apply(KeySpec(key_id, 1, digest, key_id, roles, frozenset({"flights", "other"})))
+            self.grant(text, key_id, roles)
         self._clients: list[Client] = []
+
+    def grant(self, text: str, key_id: str, roles: frozenset[str]) -> None:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.plane.access.apply(KeySpec(key_id, 1, digest, key_id, roles, frozenset({"flights", "other"})))
 
     def route(
         self,

@@ -251,13 +251,13 @@ def test_a_caller_counts_once_in_the_window_of_its_first_request() -> None:
     book.switch("flights", one, 100.0)
     arm = one.arms["v2"]
     for number in range(3):
-        callers.account(one, arm, b"alice", b"", 100.0 + number / 100).answered(one, 0.01)
-    callers.account(one, arm, b"bob", b"", 100.1).answered(one, 0.06)
+        callers.account(one, arm, b"alice", b"", 100.0 + number / 100, may_name=False).answered(one, 0.01)
+    callers.account(one, arm, b"bob", b"", 100.1, may_name=False).answered(one, 0.06)
     book.tick(100.3)
     # A later window: alice is bad now, which belongs to her first window; carol is new.
-    callers.account(one, arm, b"alice", b"", 100.4).failed(one, "v2", 0.01, fallback=True)
-    callers.account(one, arm, b"alice", b"", 100.4).failed(one, "v2", 0.01, fallback=True)
-    callers.account(one, arm, b"carol", b"", 100.4).answered(one, 0.01)
+    callers.account(one, arm, b"alice", b"", 100.4, may_name=False).failed(one, "v2", 0.01, fallback=True)
+    callers.account(one, arm, b"alice", b"", 100.4, may_name=False).failed(one, "v2", 0.01, fallback=True)
+    callers.account(one, arm, b"carol", b"", 100.4, may_name=False).answered(one, 0.01)
     assert arms(book.tick(100.6), "v2") == []
     first, second, *_ = arms(book.tick(101 + CALLER_HORIZON_S), "v2")
     assert (first.requests, first.bad) == (2, {"error": 1, "slow": 1})
@@ -268,9 +268,9 @@ def test_beyond_the_horizon_a_caller_is_judged_no_more() -> None:
     book, callers, one = WindowBook(), CallerBook(), caller_route()
     book.switch("flights", one, 100.0)
     arm = one.arms["v2"]
-    callers.account(one, arm, b"alice", b"", 100.0).answered(one, 0.01)
+    callers.account(one, arm, b"alice", b"", 100.0, may_name=False).answered(one, 0.01)
     book.tick(100.3)
-    callers.account(one, arm, b"alice", b"", 100.1 + CALLER_HORIZON_S).failed(one, "v2", 0.01, fallback=False)
+    callers.account(one, arm, b"alice", b"", 100.1 + CALLER_HORIZON_S, may_name=False).failed(one, "v2", 0.01, fallback=False)
     first, *_ = arms(book.tick(101 + CALLER_HORIZON_S), "v2")
     assert (first.requests, first.bad["error"]) == (1, 0)
 
@@ -278,15 +278,15 @@ def test_beyond_the_horizon_a_caller_is_judged_no_more() -> None:
 def test_callers_are_known_over_the_steps_of_a_rollout_and_anew_in_the_next() -> None:
     book, callers, one = WindowBook(), CallerBook(), caller_route(1)
     book.switch("flights", one, 100.0)
-    callers.account(one, one.arms["v2"], b"alice", b"", 100.0).answered(one, 0.01)
+    callers.account(one, one.arms["v2"], b"alice", b"", 100.0, may_name=False).answered(one, 0.01)
     two = caller_route(2)
     book.switch("flights", two, 100.2)
-    callers.account(two, two.arms["v2"], b"alice", b"", 100.2).answered(two, 0.01)
-    callers.account(two, two.arms["v1"], b"alice", b"", 100.2).answered(two, 0.01)
+    callers.account(two, two.arms["v2"], b"alice", b"", 100.2, may_name=False).answered(two, 0.01)
+    callers.account(two, two.arms["v1"], b"alice", b"", 100.2, may_name=False).answered(two, 0.01)
     assert (two.arms["v2"].counts.requests, two.arms["v1"].counts.requests) == (0, 1)
     three = caller_route(3, rollout_id="r2")
     book.switch("flights", three, 100.4)
-    callers.account(three, three.arms["v2"], b"alice", b"", 100.4).answered(three, 0.01)
+    callers.account(three, three.arms["v2"], b"alice", b"", 100.4, may_name=False).answered(three, 0.01)
     assert three.arms["v2"].counts.requests == 1
 
 
@@ -294,20 +294,51 @@ def test_a_caller_whose_only_request_was_at_fault_is_counted_when_it_sends_a_goo
     book, callers, one = WindowBook(), CallerBook(), caller_route()
     book.switch("flights", one, 100.0)
     arm = one.arms["v2"]
-    callers.account(one, arm, b"alice", b"", 100.0).not_counted()
+    callers.account(one, arm, b"alice", b"", 100.0, may_name=False).not_counted()
     assert arm.counts.requests == 0
-    callers.account(one, arm, b"alice", b"", 100.1).left(one, 0.2)
+    callers.account(one, arm, b"alice", b"", 100.1, may_name=False).left(one, 0.2)
     assert (arm.counts.requests, arm.counts.bad[1]) == (1, 1)
 
 
-def test_callers_beyond_the_bound_are_served_and_not_counted(caplog: pytest.LogCaptureFixture) -> None:
-    book, callers, one = WindowBook(), CallerBook(max_callers=2), caller_route()
+def test_made_up_names_are_no_evidence() -> None:
+    book, callers, one = WindowBook(), CallerBook(), caller_route()
     book.switch("flights", one, 100.0)
     arm = one.arms["v2"]
-    for number in range(5):
-        callers.account(one, arm, b"caller-%d" % number, b"", 100.0).failed(one, "v2", 0.2, fallback=True)
-    assert (arm.counts.requests, arm.counts.bad, arm.counts.errors) == (2, [2, 2], 5)
-    assert "more callers" in caplog.text
+    for number in range(100):
+        callers.account(one, arm, b"genuine-%d" % number, b"", 100.0, may_name=False).failed(one, "v2", 0.01, fallback=True)
+    for number in range(10_000):
+        callers.account(one, arm, b"mallory", b"made-up-%d" % number, 100.1, may_name=False).answered(one, 0.01)
+    assert (arm.counts.requests, arm.counts.bad[0]) == (100, 100)
+    # Without a name mallory is one caller, as everybody is.
+    for _ in range(10):
+        callers.account(one, arm, b"mallory", b"", 100.1, may_name=False).answered(one, 0.01)
+    assert arm.counts.requests == 101
+
+
+def test_a_granted_key_names_callers() -> None:
+    book, callers, one = WindowBook(), CallerBook(), caller_route()
+    book.switch("flights", one, 100.0)
+    arm = one.arms["v2"]
+    for number in range(6):
+        callers.account(one, arm, b"shop", b"customer-%d" % (number % 3), 100.0, may_name=True).answered(one, 0.01)
+    assert arm.counts.requests == 3
+
+
+@pytest.mark.parametrize("may_name", [True, False])
+def test_nobody_pushes_the_callers_of_others_out_of_the_book(caplog: pytest.LogCaptureFixture, may_name: bool) -> None:
+    book, callers, one = WindowBook(), CallerBook(max_callers=10), caller_route()
+    book.switch("flights", one, 100.0)
+    arm = one.arms["v2"]
+    for number in range(100):
+        callers.account(one, arm, b"mallory", b"made-up-%d" % number, 100.0, may_name=may_name).answered(one, 0.01)
+    own = arm.counts.requests
+    assert own == (10 if may_name else 0)
+    for number in range(1000):
+        callers.account(one, arm, b"genuine-%d" % number, b"", 100.1, may_name=False).failed(one, "v2", 0.01, fallback=True)
+    for number in range(10):
+        callers.account(one, arm, b"shop", b"customer-%d" % number, 100.1, may_name=True).failed(one, "v2", 0.01, fallback=True)
+    assert (arm.counts.requests - own, arm.counts.bad[0], arm.counts.errors) == (1010, 1010, 1010)
+    assert caplog.text.count("names more callers") == may_name
 
 
 # Publishing

@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from tests.unit.gateway.conftest import ADMIN, Answer, Gateway, MakeGateway, Runtime, infer_body, outputs, request, until
 
+FRONTEND = "hr_00112233445566aa_" + "f" * 32
 SHADOW = ShadowSpec("v3-g1", WHOLE, 0.2, 5.0)
 
 
@@ -52,6 +53,18 @@ async def test_a_caller_keeps_its_arm_and_a_key_refines_it(gateway: Gateway) -> 
         assert len(arms) == 1
         by_key[user] = arms.pop()
     assert set(by_key.values()) == {"v1-g1", "v2-g1"}
+    # The names are honoured for the arm only: what counts is the one caller that the key itself is.
+    assert sum(total["requests"] for total in gateway.totals().values()) == 1
+
+
+async def test_names_of_callers_count_when_the_key_was_granted_that(gateway: Gateway) -> None:
+    gateway.grant(FRONTEND, "shop", frozenset({"frontend"}))
+    gateway.route(canary=5_000, assign=Assign.CALLER)
+    client = await gateway.connect()
+    for user in range(60):
+        assert (await client.infer(key=FRONTEND, x_headrace_key=f"user-{user % 30}")).status == 200
+    assert (await client.infer(key=FRONTEND, x_headrace_arm="v2-g1")).status == 403
+    assert sum(total["requests"] for total in gateway.totals().values()) == 30
 
 
 async def test_an_operator_may_choose_the_arm_and_is_not_counted(gateway: Gateway) -> None:

@@ -48,6 +48,11 @@ def test_keys_that_cannot_be(subject: str, roles: list[str], endpoints: list[str
         access.new_key("id", HASH, subject, roles, endpoints, NOW, expires)
 
 
+def test_a_key_names_callers_only_when_asked_to() -> None:
+    assert access.new_key("abc", HASH, "shop", ["frontend"], ["flights"], NOW, None).roles == ("frontend",)
+    assert "frontend" not in access.bootstrap_key(f"abc:{HASH}", NOW).roles
+
+
 def test_the_bootstrap_key() -> None:
     key = access.bootstrap_key(f"abc:{HASH}", NOW)
     assert (key.key_id, key.hash, key.inference_endpoints) == ("abc", HASH, ("*",))

@@ -12,6 +12,9 @@ ALL_ENDPOINTS = "*"
 OVERRIDE_ROLES = frozenset({"admin", "editor"})
 """Who may choose the arm by X-Headrace-Arm."""
 
+NAMING_ROLES = frozenset({"frontend"})
+"""Whose X-Headrace-Key names callers that count as evidence. No other role holds it: it is a program's, and asked for by name."""
+
 CACHED_CREDENTIALS = 4096
 LONGEST_CACHED = 256
 """Bytes of a header's value: a key with much space before it is not worth keeping."""
@@ -48,6 +51,10 @@ class Grant:
     @property
     def may_choose_arm(self) -> bool:
         return not self.roles.isdisjoint(OVERRIDE_ROLES)
+
+    @property
+    def may_name_callers(self) -> bool:
+        return not self.roles.isdisjoint(NAMING_ROLES)
 
 
 class AccessTable:

@@ -1,7 +1,10 @@
 """Counting callers in place of requests, for routes that assign by caller: what was randomised is what is evidence.
 
 A caller counts once per rollout and arm, in the window of its first request there, and is bad for a guard if any of its
-requests within the horizon is. Each gateway process counts the callers that it sees.
+requests within the horizon is. A caller is the subject of an API key. What X-Headrace-Key says is free text, and whoever could
+make callers of it could make evidence: it names callers only with a key that was granted that. Other requests with a name keep
+their arm and are not counted, for a subject that spread itself over both arms was not randomised. Each gateway process counts
+the callers that it sees.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from gateway.windows import BUCKETS, CALLER_HORIZON_S, ArmCounts
 _log = logging.getLogger(__name__)
 
 MAX_CALLERS = 100_000
-"""Per endpoint; callers beyond are served as ever, and not counted."""
+"""Names that one subject may give its callers per endpoint, each arm counted apart; those beyond are served as ever, and not counted.
+Nobody uses up another's. Subjects themselves are as many as there are keys, and always counted."""
 
 
 class Account(Protocol):
@@ -89,29 +93,37 @@ class CallerBook:
         self._max_callers = max_callers
         # By the hash of subject and key, which are the caller's own text and may be long.
         self._units: dict[str, tuple[str, dict[tuple[str, int], _Unit]]] = {}
-        self._full: set[str] = set()
+        self._named: dict[tuple[str, bytes], int] = {}
 
-    def account(self, route: Route, arm: Arm, subject: bytes, key: bytes, now: float) -> CallerAccount:
-        """The account for a request that has just been assigned `arm`."""
+    def account(self, route: Route, arm: Arm, subject: bytes, key: bytes, now: float, *, may_name: bool) -> CallerAccount:
+        """The account for a request that has just been assigned `arm`. `may_name`: its API key was granted to name callers by `key`."""
         spec = route.spec
+        window = arm.counts
+        if key and not may_name:
+            return CallerAccount(None, window, now, first=False)
         rollout, units = self._units.get(spec.endpoint, ("", {}))
         if rollout != spec.rollout_id or spec.endpoint not in self._units:
+            self.forget(spec.endpoint)
             units = {}
-            self._full.discard(spec.endpoint)
             self._units[spec.endpoint] = (spec.rollout_id, units)
-        window = arm.counts
         place = (arm.name, hash((subject, key)))
         unit = units.get(place)
         if unit is not None and unit.first_at > float("-inf"):
             return CallerAccount(unit, window, now, first=False)
-        if unit is None and len(units) >= self._max_callers:
-            if spec.endpoint not in self._full:
-                self._full.add(spec.endpoint)
-                _log.warning("endpoint %s has more callers than are counted (%s)", spec.endpoint, self._max_callers)
-            return CallerAccount(None, window, now, first=False)
+        if unit is None and key:
+            named = self._named.get((spec.endpoint, subject), 0)
+            if named <= self._max_callers:
+                self._named[spec.endpoint, subject] = named + 1
+            if named == self._max_callers:
+                _log.warning("endpoint %s: a subject names more callers than are counted (%s)", spec.endpoint, self._max_callers)
+            if named >= self._max_callers:
+                return CallerAccount(None, window, now, first=False)
         unit = units[place] = _Unit(now, window)
         window.requests += 1
         return CallerAccount(unit, window, now, first=True)
 
     def forget(self, endpoint: str) -> None:
+        """Nothing is counted on this endpoint any more."""
         self._units.pop(endpoint, None)
+        for place in [place for place in self._named if place[0] == endpoint]:
+            del self._named[place]

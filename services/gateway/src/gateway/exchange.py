@@ -177,7 +177,8 @@ class Exchange:
             subject = self.grant.subject_bytes if self.grant is not None else b""
             arm = route.single or pick(route, subject, self.affinity)
             if route.counts_callers:
-                self.counts = self.plane.callers.account(route, arm, subject, self.affinity, now)
+                may_name = self.grant is not None and self.grant.may_name_callers
+                self.counts = self.plane.callers.account(route, arm, subject, self.affinity, now, may_name=may_name)
             else:
                 self.counts = counts = arm.counts
                 counts.requests += 1

@@ -43,7 +43,7 @@ def list_keys(json: JsonFlag = False) -> None:
 @keys.command()
 def create(
     subject: Annotated[str, typer.Argument(help="Whom the key stands for.")],
-    role: Annotated[list[str] | None, typer.Option("--role", help="viewer, editor, approver or admin; may be repeated.")] = None,
+    role: Annotated[list[str] | None, typer.Option("--role", help="viewer, editor, approver, admin or frontend; may be repeated.")] = None,
     endpoint: Annotated[list[str] | None, typer.Option("--endpoint", help="An endpoint it may call, * for all; may be repeated.")] = None,
     days: Annotated[int | None, typer.Option("--days", help="Days until it expires. Default: never.")] = None,
     json: JsonFlag = False,

@@ -9,7 +9,10 @@ from datetime import datetime
 
 from registry.domain.errors import Malformed
 
-ROLES = ("viewer", "editor", "approver", "admin")
+PEOPLE = ("viewer", "editor", "approver", "admin")
+ROLES = (*PEOPLE, "frontend")
+"""`frontend` opens no call: it is for a program that stands before callers of its own, whom gateways then count by the names it gives."""
+
 ALL_ENDPOINTS = "*"
 MAX_ENDPOINTS = 100
 
@@ -64,7 +67,7 @@ def bootstrap_key(text: str, now: datetime) -> ApiKey:
     key_id, colon, digest = text.partition(":")
     if not colon or not re.fullmatch(r"[A-Za-z0-9]{1,64}", key_id) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise Malformed("the bootstrap key is written <key id>:<sha256 in hex>")
-    return new_key(key_id, digest, "admin", ROLES, [ALL_ENDPOINTS], now, None)
+    return new_key(key_id, digest, "admin", PEOPLE, [ALL_ENDPOINTS], now, None)
 
 
 def _rank(role: str) -> tuple[int, str]:

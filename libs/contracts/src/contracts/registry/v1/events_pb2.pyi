@@ -99,7 +99,7 @@ class AccessChanged(_message.Message):
     revoked: _builtins.bool
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """viewer, editor, approver, admin."""
+        """viewer, editor, approver, admin, frontend."""
 
     @_builtins.property
     def inference_endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
