@@ -350,7 +350,7 @@ async def test_when_the_rollback_window_closes_the_earlier_version_goes(stand: A
     completed = await stand.ended(2, "deploy.completed")
     await stand.eventually(lambda: len(stand.runtime.loaded) == 1, "version 1 to be unloaded")
     assert "-v2-" in next(iter(stand.runtime.loaded))
-    with pytest.raises(Conflict, match="within its rollback window"):
+    with pytest.raises(Conflict, match="its rollback window is over"):
         await stand.deployer().command(completed.rollout.rollout_id, Revert("too late", 0))
 
 

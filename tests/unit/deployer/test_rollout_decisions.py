@@ -357,8 +357,16 @@ def test_after_its_window_a_rollout_cannot_be_reverted() -> None:
     rollout, _ = tell(at(State.COMPLETING), Acknowledged(99))
     rollout, events = tell(rollout, Deadline())
     assert WatchEnded() in events
-    with pytest.raises(CommandRefused, match="within its rollback window"):
+    with pytest.raises(CommandRefused, match="its rollback window is over"):
         decide(rollout, Revert("too late", 20))
+
+
+def test_a_refused_revert_says_why() -> None:
+    first, _ = tell(fresh(), Begin(None, 0), Loaded(), Warmed(), Acknowledged(1))
+    with pytest.raises(CommandRefused, match="first version, and there is none before it"):
+        decide(first, Revert("x", 2))
+    with pytest.raises(CommandRefused, match="only a completed rollout can be reverted; this one is stepping"):
+        decide(at(State.STEPPING), Revert("x", 2))
 
 
 def test_completing_holds_at_its_deadline_and_still_completes() -> None:

@@ -148,8 +148,12 @@ def _command(rollout: Rollout, command: Command) -> Decision:
         case Revert():
             if rollout.state in (State.REVERTING, State.REVERTED):
                 return rollout, ()
-            if rollout.state is not State.COMPLETED or not rollout.revertible:
-                raise CommandRefused(f"only a completed rollout within its rollback window can be reverted; this one is {rollout.state}")
+            if rollout.state is not State.COMPLETED:
+                raise CommandRefused(f"only a completed rollout can be reverted; this one is {rollout.state}")
+            if rollout.baseline is None:
+                raise CommandRefused("it cannot be reverted: it is the endpoint's first version, and there is none before it")
+            if not rollout.revertible:
+                raise CommandRefused("it cannot be reverted any more: its rollback window is over")
             route = route_of(replace(rollout, revision=command.revision), 0, settled=True)
             return move(
                 rollout,
