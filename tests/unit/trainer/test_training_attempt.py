@@ -143,6 +143,7 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
     log = Log(tmp_path / "log.txt", 10_000)
+    venvs = Venvs(tmp_path / "venvs", 2**40)
 
     def make(script: str = "exit 0", *, files: Mapping[str, str] | None = None, **changes: Any) -> Scene:
         tracker, trainer, store = FakeTracker(), FakeTrainer(training(**changes)), MemoryStore()
@@ -158,7 +159,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
             trainer=trainer,  # type: ignore[arg-type]  # as much of it as an attempt uses
             tracker=tracker,
             sources=sources,
-            venvs=Venvs(tmp_path / "venvs"),
+            venvs=venvs,
             objects=store,
             clock=QuickClock(),
             options=Options(url="http://gateway", sdk=sdk, run_lease_s=60),
@@ -167,6 +168,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[..., Scene]]:
         return Scene(attempt, tracker, trainer, sources, store)
 
     yield make
+    venvs.close()
     log.close()
 
 

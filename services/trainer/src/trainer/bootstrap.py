@@ -103,6 +103,8 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
         stack.push_async_callback(channel.close)
         log = Log(log_file(_state_dir(settings), claim.training_id), settings.max_log_bytes)
         stack.callback(log.close)
+        venvs = Venvs(Path(settings.venv_dir) if settings.venv_dir else _state_dir(settings) / "venvs", settings.max_venv_bytes)
+        stack.callback(venvs.close)
         yield (
             Attempt(
                 claim.training_id,
@@ -113,7 +115,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
                 trainer=trainer,
                 tracker=GrpcTracker(tracker_pb2_grpc.TrackerServiceStub(channel)),
                 sources=SourceFetcher(objects, settings.max_source_bytes, destinations(settings.git_hosts, HTTPS)),
-                venvs=Venvs(Path(settings.venv_dir) if settings.venv_dir else _state_dir(settings) / "venvs"),
+                venvs=venvs,
                 objects=objects,
                 clock=clock,
                 options=Options(

@@ -42,6 +42,11 @@ class TrainerSettings(PresigningSettings):
     venv_dir: str = Field(
         default="", description="Where the environments of trainings are kept, one per lock file; empty: below the state folder."
     )
+    max_venv_bytes: int = Field(
+        default=30 * 1024**3,
+        gt=0,
+        description="Space for the environments that are kept. Above it those not used for longest are removed, never one in use.",
+    )
     sandbox_visible: str = Field(
         default="", description="Folders that training scripts may read besides their own, separated by `:`, such as local data."
     )

@@ -1,4 +1,4 @@
-"""The environment of a training: what the source's own lock file says, installed once per lock and kept.
+"""The environment of a training: what the source's own lock file says, installed once per lock and kept while there is room.
 
 Only wheels are installed, so that nothing of a package runs outside of the sandbox: a source distribution would run its build, and even
 compiling bytecode would run a package's .pth files, so that is done in the sandbox.
@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import uv
@@ -26,6 +27,8 @@ from trainer.runner.sandbox import Command, Limits
 
 LOCK = "requirements.lock"
 _COMPLETE = ".headrace-complete"
+_NAME = re.compile(r"[0-9a-f]{32}")
+_log = logging.getLogger(__name__)
 _INSTALL_S = 3_600.0
 _WAIT_S = 0.2
 
@@ -41,28 +44,63 @@ _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?==([^\s;\\]+)", 
 
 
 class Venvs:
-    """Environments below a folder, each named by its lock's hash and the interpreter."""
+    """Environments below a folder, each named by its lock's hash and the interpreter. Those of most use are kept.
 
-    def __init__(self, folder: Path) -> None:
+    Beside each is a lock file: who installs or removes it has it alone, who uses it shares it with others that do. The kernel gives
+    it back when a process dies.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """`max_bytes`: above it the environments that were not used for longest are removed, never one in use."""
         self._folder = folder
+        self._max_bytes = max_bytes
+        self._used: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Uses none of them any more. May be repeated."""
+        while self._used:
+            os.close(self._used.popitem()[1])
 
     async def ensure(self, lock: bytes, scratch: Path, note: Callable[[str], None], output: Callable[[bytes], None]) -> Path:
-        """The environment of a lock; made if there is none, which takes minutes. `scratch` is an empty folder.
+        """The environment of a lock; made if there is none, which takes minutes. `scratch` is an empty folder. It stays until `close`.
 
         Several processes may ask at once: one makes it, the others wait. Raises Invalid for a lock that cannot be installed,
         Unavailable when a package index does not answer.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         venv = self._folder / lock_key(lock)
-        async with _locked(self._folder / f"{venv.name}.lock", note):
-            if (venv / _COMPLETE).exists():
-                return venv
-            note("installing the packages of requirements.lock")
-            await asyncio.to_thread(tree.remove, venv)
-            await _install(lock, venv, scratch, output)
-            await _compile(venv, scratch, output)
+        if venv.name in self._used:
+            return venv
+        held = os.open(_lock_file(venv), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            await _lock(held, fcntl.LOCK_SH, note)
+            while not (venv / _COMPLETE).exists():
+                await _lock(held, fcntl.LOCK_EX, note)
+                if not (venv / _COMPLETE).exists():
+                    note("installing the packages of requirements.lock")
+                    await asyncio.to_thread(tree.remove, venv)
+                    await _install(lock, venv, scratch, output)
+                    await _compile(venv, scratch, output)
+                    (venv / _COMPLETE).write_text(str(await asyncio.to_thread(_size, venv)))
+                # The kernel lets go of one lock before it gives the other: the environment may be removed in between.
+                await _lock(held, fcntl.LOCK_SH, note)
             (venv / _COMPLETE).touch()
+        except BaseException:
+            os.close(held)
+            raise
+        self._used[venv.name] = held
+        await asyncio.to_thread(self._make_room)
         return venv
+
+    def _make_room(self) -> None:
+        """Removes environments until the others fit. Blocks."""
+        kept = sorted((path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)), key=_last_use)
+        sizes = {path: _known_size(path) for path in kept}
+        for path in kept:
+            if sum(sizes.values()) <= self._max_bytes:
+                return
+            if path.name not in self._used and _remove_unused(path):
+                del sizes[path]
 
 
 def lock_key(lock: bytes) -> str:
@@ -145,18 +183,59 @@ async def _uv(output: Callable[[bytes], None], *words: str) -> None:
         raise Invalid(f"the packages of {LOCK} could not be installed: {text}")
 
 
-@contextlib.asynccontextmanager
-async def _locked(file: Path, note: Callable[[str], None]) -> AsyncIterator[None]:
-    """Holds a file lock, which the kernel gives back when this process dies."""
-    with file.open("w") as opened:
-        waited = False
-        while True:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    note("waiting for another training that installs the same packages")
-                waited = True
-                await asyncio.sleep(_WAIT_S)
-        yield
+def _lock_file(venv: Path) -> Path:
+    return venv.with_name(f"{venv.name}.lock")
+
+
+async def _lock(held: int, how: int, note: Callable[[str], None]) -> None:
+    """Locks an open lock file, or changes how it is locked."""
+    waited = False
+    while True:
+        try:
+            fcntl.flock(held, how | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not waited:
+                note("waiting for another training that installs the same packages")
+            waited = True
+            await asyncio.sleep(_WAIT_S)
+
+
+def _remove_unused(venv: Path) -> bool:
+    """Removes an environment and says so; False when somebody uses or installs it. Blocks."""
+    held = os.open(_lock_file(venv), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (venv / _COMPLETE).unlink(missing_ok=True)  # first: what is half removed is installed anew
+        tree.remove(venv)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(held)
+    _log.info("removed the environment %s to make room", venv.name)
+    return True
+
+
+def _last_use(venv: Path) -> float:
+    """What was never complete is of no use to anybody."""
+    try:
+        return (venv / _COMPLETE).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _known_size(venv: Path) -> int:
+    """Bytes on the disk, as they were written down when it was complete; else they are counted."""
+    try:
+        return int((venv / _COMPLETE).read_text())
+    except (FileNotFoundError, ValueError):
+        return _size(venv)
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):  # it is being removed
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return total
