@@ -73,9 +73,12 @@ class Sections(service_pb2_grpc.DeliverySectionServiceServicer):
         self.violations: list[service_pb2.FieldViolation] = []
         self.loosened: list[str] = []
         self.asked: list[service_pb2.ValidateSectionRequest] = []
+        self.judge: Callable[[service_pb2.ValidateSectionRequest], service_pb2.ValidateSectionResponse] | None = None
 
     async def ValidateSection(self, request: service_pb2.ValidateSectionRequest, context: Any) -> service_pb2.ValidateSectionResponse:
         self.asked.append(request)
+        if self.judge is not None:
+            return self.judge(request)
         return service_pb2.ValidateSectionResponse(violations=self.violations, loosened=self.loosened)
 
 

@@ -66,8 +66,9 @@ class DeliveryRepository(Protocol):
         """The newest revision of every delivery that is not deleted, by name."""
         ...
 
-    async def last_of_model(self, model: str) -> Revision | None:
-        """The newest deleted delivery that had claimed this model."""
+    async def predecessors(self, name: str, claims: Sequence[Claim]) -> tuple[Revision, ...]:
+        """What a new revision comes after: the newest revision of the delivery itself and the newest, by whatever delivery and deleted or
+        not, that names each claim; where that one serves nothing, also the newest that did. Each once."""
         ...
 
     async def holders(self, claims: Sequence[Claim], other_than: str) -> Mapping[Claim, str]:

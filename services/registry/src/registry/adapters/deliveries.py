@@ -47,9 +47,15 @@ class SqlDeliveries:
         query = select(delivery_revision).join(delivery, newest).where(~delivery.c.deleted).order_by(delivery_revision.c.name)
         return [_revision(row) for row in (await self._conn.execute(query)).mappings()]
 
-    async def last_of_model(self, model: str) -> Revision | None:
-        query = select(delivery_revision).where(delivery_revision.c.model == model, delivery_revision.c.deleted)
-        return await self._first(query.order_by(delivery_revision.c.applied_at.desc(), delivery_revision.c.name).limit(1))
+    async def predecessors(self, name: str, claims: Sequence[Claim]) -> tuple[Revision, ...]:
+        found: dict[tuple[str, int], Revision] = {}
+        newest_first = (delivery_revision.c.applied_at.desc(), delivery_revision.c.revision.desc(), delivery_revision.c.name)
+        for column, value in [("name", name), *((one.kind, one.name) for one in claims)]:
+            query = select(delivery_revision).where(delivery_revision.c[column] == value).order_by(*newest_first).limit(1)
+            last = await self._first(query)
+            served = None if last is None or last.endpoint else await self._first(query.where(delivery_revision.c.endpoint != ""))
+            found |= {(one.name, one.revision): one for one in (last, served) if one is not None}
+        return tuple(found.values())
 
     async def holders(self, claims: Sequence[Claim], other_than: str) -> Mapping[Claim, str]:
         wanted = tuple_(claim.c.kind, claim.c.name).in_([(one.kind, one.name) for one in claims])

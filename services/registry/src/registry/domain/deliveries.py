@@ -137,9 +137,9 @@ def same(file: DeliveryFile, revision: Revision) -> bool:
     return not revision.deleted and canonical(_parsed(file.sections)) == canonical(_parsed(revision.sections))
 
 
-def loosened(file: DeliveryFile, before: Revision | None) -> list[str]:
-    """The fields of the registry's own section in which a gate is looser than before."""
-    return ["promote.approvals.production"] if before is not None and file.approvals < before.approvals else []
+def loosened(file: DeliveryFile, before: Sequence[Revision]) -> list[str]:
+    """The fields of the registry's own section in which a gate is looser than in any of those before."""
+    return ["promote.approvals.production"] if any(file.approvals < one.approvals for one in before) else []
 
 
 def difference(file: DeliveryFile, before: Revision | None) -> str:

@@ -35,10 +35,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What is known when a file comes: the delivery's newest revision, the one its gates are held against, and the claims others hold."""
+    """What is known when a file comes: the delivery's newest revision, those its gates are held against, and the claims others hold."""
 
     current: Revision | None
-    gates: Revision | None
+    gates: tuple[Revision, ...]
     taken: tuple[Problem, ...]
 
 
@@ -117,28 +117,34 @@ class Deliveries:
             return await session.deliveries.standing()
 
     async def _validate(self, file: DeliveryFile, before: _Before, problems: list[Problem]) -> list[str]:
-        """Asks each section's service. Returns the fields that loosen a gate; raises DeliveryInvalid when there is any problem."""
-        previous = before.gates.sections if before.gates else {}
-        asked = [section for section in domain.FOREIGN_SECTIONS if section in file.sections]
+        """Asks each section's service, once for each section that it comes after. Returns the fields that loosen a gate; raises
+        DeliveryInvalid when there is any problem."""
+        asked = [
+            (section, previous)
+            for section in domain.FOREIGN_SECTIONS
+            if section in file.sections
+            for previous in dict.fromkeys(one.sections[section] for one in before.gates if section in one.sections) or [""]
+        ]
         answers = await asyncio.gather(
-            *(self._validators[name].validate(file.name, name, file.sections[name], previous.get(name, "")) for name in asked),
+            *(self._validators[name].validate(file.name, name, file.sections[name], previous) for name, previous in asked),
             return_exceptions=True,
         )
         loosened: list[str] = []
         failures: list[BaseException] = []
         said = {problem.field for problem in problems}
-        for section, answer in zip(asked, answers, strict=True):
+        for (section, _), answer in zip(asked, answers, strict=True):
             if isinstance(answer, BaseException):
                 failures.append(answer)
                 continue
             found = [_located(file, section, field, message) for field, message in answer.problems]
-            problems += [problem for problem in found if problem.field not in said]  # ours come first
+            # Ours come first, and what a section's service says again is told once.
+            problems += [problem for problem in found if problem.field not in said and problem not in problems]
             loosened += [_within(section, field) for field in answer.loosened]
         if problems:  # worth telling even when a service that would find more is away
             raise DeliveryInvalid(problems)
         if failures:
             raise failures[0]
-        return [*loosened, *domain.loosened(file, before.gates)]
+        return list(dict.fromkeys([*loosened, *domain.loosened(file, before.gates)]))
 
     async def _store_if_still(self, file: DeliveryFile, before: _Before, applied: Applied, caller: Caller) -> bool:
         """Stores the revision if nobody changed what it was judged by; False: look again."""
@@ -156,8 +162,9 @@ class Deliveries:
 
 async def _before(session: Session, file: DeliveryFile) -> _Before:
     current = await session.deliveries.current(file.name)
-    # A delivery deleted and applied again under another name is held against what it was: else that would be a way around the gates.
-    gates = current or await session.deliveries.last_of_model(file.model)
+    # Held against whoever had the model, the endpoint or the experiment last, and not against its own past alone: else a delivery that
+    # was deleted, renamed or applied in parts would be a way around the gates.
+    gates = await session.deliveries.predecessors(file.name, file.claims)
     held = await session.deliveries.holders(file.claims, other_than=file.name)
     return _Before(current, gates, tuple(domain.taken(file.document, held)))
 
