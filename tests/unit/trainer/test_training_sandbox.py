@@ -6,11 +6,12 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
-from trainer.runner import sandbox
+from trainer.runner import memory, sandbox
 from trainer.runner.attempt import judge
 from trainer.runner.child import Child, output_of
 from trainer.runner.log import Log
@@ -182,6 +183,61 @@ async def test_a_source_that_does_not_fit_is_counted_apart(tmp_path: Path) -> No
 async def test_time_is_limited(tmp_path: Path) -> None:
     ended, _ = await run(tmp_path, "sleep", "600", limits=Limits(2**30, 2**20, 0.2))
     assert ended.killed == "timed out after 0.2 s"
+
+
+async def test_time_is_limited_also_while_the_memory_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(sandbox, "SLOW_S", 60.0)
+    monkeypatch.setattr(memory, "used", lambda _pids, _limit: int(over.wait(60)))
+    try:
+        ended, _ = await run(tmp_path, "sleep", "600", limits=Limits(2**30, 2**20, 0.5))
+    finally:
+        over.set()
+    assert ended.killed == "timed out after 0.5 s"
+
+
+async def test_what_cannot_be_watched_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(sandbox, "SLOW_S", 0.5)
+    monkeypatch.setattr(memory, "used", lambda _pids, _limit: int(over.wait(60)))
+    try:
+        ended, _ = await run(tmp_path, "sleep", "600")
+    finally:
+        over.set()
+    assert ended.killed.startswith("its memory could not be watched")
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (
+            "import os\nfor _ in range(20): os.fork() or (kept.extend(os.dup(0) for _ in range(4_000)), time.sleep(600))",
+            "too many open files",
+        ),
+        ("import socket\nkept.extend(socket.socketpair() for _ in range(300))", "too many sockets: "),
+        ("import os\nfor _ in range(600): os.fork() or time.sleep(600)", "too many processes: "),
+    ],
+)
+async def test_too_much_to_watch_is_not_allowed(tmp_path: Path, program: str, why: str) -> None:
+    program = f"import time\nkept = []\n{program}\ntime.sleep(600)"
+    limits = Limits(memory_bytes=8 * 2**30, disk_bytes=2**20, timeout_s=60)
+    words = [sandbox.BASE_PYTHON, "-I", "-c", program]
+    ended, said = await run(tmp_path, *words, limits=limits, visible=sandbox.visible_python(Path(sys.prefix)))
+    assert ended.killed.startswith(why), (ended, said)
+
+
+async def test_open_files_of_a_process_are_limited_and_the_machines_switches_out_of_reach(tmp_path: Path) -> None:
+    program = """
+ulimit -Hn; cat /proc/sys/net/ipv4/tcp_rmem
+for file in /proc/sysrq-trigger $(find /proc/irq -type f | head -n 3) /proc/sys/net/ipv4/tcp_rmem; do
+  [ ! -e $file ] || if true >> $file; then echo open; fi
+done
+grep -E ' /proc/(sys|irq) ro,' /proc/self/mountinfo | wc -l
+"""
+    ended, said = await run(tmp_path, "sh", "-c", program)
+    lines = [line for line in said.splitlines() if not line.startswith("sh:")]
+    assert ended.code == 0
+    assert [line.split() for line in lines] == [["4096"], ["4096", "131072", "262144"], ["2"]], said
 
 
 async def test_what_a_command_leaves_running_is_gone_with_it(tmp_path: Path) -> None:

@@ -31,7 +31,14 @@ from trainer.runner.egress import environment as egress_environment
 from trainer.runner.sandbox_init import HOME, SOURCE, WORK
 
 POLL_S = 0.1
-MAX_PROCESSES = 2_000
+SLOW_S = 1.0
+"""Seconds after which a look at the memory is late; twice in a row, and no limit can be held."""
+
+MAX_PROCESSES = 512
+MAX_THREADS = 4_000
+MAX_FILES = 4_096
+"""Open files of one process."""
+
 _GONE_S = 30.0
 BASE_PYTHON: str = sys._base_executable  # type: ignore[attr-defined]  # CPython has it
 _INIT = Path(__file__).with_name("sandbox_init.py")
@@ -115,16 +122,18 @@ async def run(command: Command, limits: Limits, folder: Path, output: Callable[[
         watch = _Watch()
         leading = asyncio.create_task(_lead_out(line, command.egress), name="sandbox egress")
         watching = asyncio.create_task(_watch(child, limits, watch), name="sandbox watch")
+        expiring = asyncio.create_task(_expire(child, limits, watch), name="sandbox time-out")
         draining = asyncio.create_task(child.drain(output), name="sandbox output")
         try:
             await asyncio.shield(draining)
             await child.wait()
         finally:
             watching.cancel()
+            expiring.cancel()
             leading.cancel()
             child.kill()
             # The end of the output is the end of the last process that could write to it, and all of them can.
-            await asyncio.wait({watching, draining}, timeout=_GONE_S)
+            await asyncio.wait({watching, expiring, draining}, timeout=_GONE_S)
             draining.cancel()
             await asyncio.gather(draining, leading, return_exceptions=True)
             await child.end()
@@ -212,7 +221,7 @@ def _spec(command: Command, limits: Limits, root: Path) -> dict[str, Any]:
         "command": list(command.words),
         "proxy_port": PORT,
         "environment": {**_proxy_environment(command), "HOME": HOME, "TMPDIR": "/tmp"},  # noqa: S108 - its own /tmp, in the sandbox
-        "limits": {"CORE": 0, "NOFILE": 65_536, "NPROC": 2 * MAX_PROCESSES},
+        "limits": {"CORE": 0, "NOFILE": MAX_FILES, "NPROC": MAX_THREADS},  # NPROC counts threads
     }
 
 
@@ -236,21 +245,39 @@ def _size(folder: Path) -> int:
 
 async def _watch(child: Child, limits: Limits, watch: _Watch) -> None:
     """Polls what the command uses, and kills the sandbox when that is too much."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + limits.timeout_s
+    late = 0
     while True:
-        used, count = await asyncio.to_thread(_used, child.pid, watch, limits.memory_bytes)
+        look = asyncio.create_task(asyncio.to_thread(_used, child.pid, watch, limits.memory_bytes))
+        try:
+            in_time = True
+            while not (await asyncio.wait({look}, timeout=SLOW_S))[0]:
+                in_time = False
+                late += 1
+                if late > 1:
+                    return _kill(child, watch, f"its memory could not be watched: a look at it takes more than {SLOW_S:g} s")
+            late = 0 if in_time else late
+            used, count = look.result()
+        except memory.Unwatchable as exc:
+            return _kill(child, watch, str(exc))
+        finally:
+            look.cancel()
         watch.peak = max(watch.peak, used)
+        if count > MAX_PROCESSES:
+            return _kill(child, watch, f"too many processes: {count}, at most {MAX_PROCESSES}")
         if used > limits.memory_bytes:
-            watch.killed = f"out of memory: used {human(used)} of {human(limits.memory_bytes)}"
-        elif count > MAX_PROCESSES:
-            watch.killed = f"too many processes: {count}, at most {MAX_PROCESSES}"
-        elif loop.time() >= deadline:
-            watch.killed = f"timed out after {limits.timeout_s:g} s"
-        if watch.killed:
-            child.kill()
-            return
+            return _kill(child, watch, f"out of memory: used {human(used)} of {human(limits.memory_bytes)}")
         await asyncio.sleep(POLL_S)
+
+
+async def _expire(child: Child, limits: Limits, watch: _Watch) -> None:
+    """Kills the sandbox when its time is over, however long a look at its memory takes."""
+    await asyncio.sleep(limits.timeout_s)
+    _kill(child, watch, f"timed out after {limits.timeout_s:g} s")
+
+
+def _kill(child: Child, watch: _Watch, why: str) -> None:
+    watch.killed = watch.killed or why
+    child.kill()
 
 
 def _used(pid: int, watch: _Watch, limit: int) -> tuple[int, int]:
@@ -262,7 +289,9 @@ def _used(pid: int, watch: _Watch, limit: int) -> tuple[int, int]:
         processes = watch.init.children(recursive=True)
     except psutil.Error:
         return 0, 0
-    return memory.used([process.pid for process in processes], limit), len(processes)
+    memory.check_sockets(watch.init.pid)
+    used = memory.used([process.pid for process in processes], limit) if len(processes) <= MAX_PROCESSES else 0
+    return used, len(processes)
 
 
 def _ended(result: bytes, watch: _Watch) -> Ended:

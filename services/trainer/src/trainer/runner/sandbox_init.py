@@ -31,6 +31,8 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 SYS_MOUNT_SETATTR = 442  # the same on every architecture
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+KEYCTL_JOIN_SESSION_KEYRING = 1
 LAST_CAPABILITY = 63
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 
@@ -45,6 +47,9 @@ SPACE = (
     ("shm", "/dev/shm", 0o1777),  # noqa: S108
 )
 """What a command may write to, all on one file system of limited size: name there, place, mode."""
+
+PROTECTED = ("/proc/sys", "/proc/irq", "/proc/sysrq-trigger")
+TCP_BUFFER = "4096 131072 262144"  # least, initial and most bytes
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
@@ -99,6 +104,13 @@ def forbid(name: str) -> None:
         file.write("0")
 
 
+def limit_tcp_buffers() -> None:
+    """What one connection of this network may have in flight in the kernel, which is nobody's memory."""
+    for name in ("tcp_rmem", "tcp_wmem"):
+        with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
+            file.write(TCP_BUFFER)
+
+
 def build_root(spec: dict[str, Any]) -> None:
     """Makes `spec["root"]` a root folder that holds what the spec names and nothing else, and moves into it."""
     root = spec["root"]
@@ -147,9 +159,18 @@ def copy_source(source: str) -> None:
             shutil.copy2(entry.path, target, follow_symlinks=False)
 
 
+def own_keyring() -> None:
+    """Leaves the session keyring of whoever started the trainer. A kernel or container without keyrings has none to leave."""
+    if libc.syscall(SYS_KEYCTL[platform.machine()], KEYCTL_JOIN_SESSION_KEYRING, None) < 0:
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.EPERM):
+            raise OSError(number, "a session keyring of its own")
+
+
 def become(spec: dict[str, Any]) -> NoReturn:
     """The command's own process: no privilege, no more than its limits, only the environment that it was given."""
     os.setsid()
+    own_keyring()
     for name, limit in spec["limits"].items():
         number = getattr(resource, f"RLIMIT_{name}")
         most = resource.getrlimit(number)[1]
@@ -205,7 +226,11 @@ def main() -> None:
         forbid("user/max_user_namespaces")
         with contextlib.suppress(PermissionError):  # nobody but the machine's root may before Linux 5.19
             forbid("kernel/shmmni")  # shared memory of System V is counted nowhere
-        bind("/proc/sys", "/proc/sys", writable=False)  # some limits are their owner's to raise again, without any capability
+        limit_tcp_buffers()
+        # Some limits are their owner's to raise again, without any capability; and the machine's root is root here when it is a trainer.
+        for path in PROTECTED:
+            if os.path.exists(path):
+                bind(path, path, writable=False)
         copy_source(SOURCE) if spec["copies_source"] else None
         status = reap(start(spec))
         result["code"] = os.waitstatus_to_exitcode(status)
