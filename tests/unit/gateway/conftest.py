@@ -265,7 +265,16 @@ class Gateway:
     def __init__(self, runtime: Runtime, limits: Limits | None, spans: Spans | None, sample_ratio: float) -> None:
         self.runtime = runtime
         self.plane = DataPlane([runtime.address], limits, spans, sample_ratio)
-        self.server = DataServer(self.plane, control_app, "127.0.0.1", 0, grace_s=5)
+        self.held = 0
+        self.let_go = asyncio.Event()
+
+        async def control(scope: Any, receive: Any, send: Any) -> None:
+            if scope.get("path") == "/held":
+                self.held += 1
+                await self.let_go.wait()
+            await control_app(scope, receive, send)
+
+        self.server = DataServer(self.plane, control, "127.0.0.1", 0, grace_s=5)
         self.revision = 0
         for text, roles, key_id in ((KEY, frozenset[str](), "user"), (ADMIN, frozenset({"admin"}), "admin")):
             self.grant(text, key_id, roles)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from gateway.newcomers import origin
 from gateway.plane import Limits
 from gateway.server import DataProtocol
 
@@ -202,14 +203,89 @@ async def the_connection(gateway: Gateway, condition: Callable[[DataProtocol], b
 async def test_more_connections_than_allowed_are_cut(make_gateway: MakeGateway) -> None:
     gateway = await make_gateway(Limits(max_connections=2))
     gateway.route()
-    clients = [await gateway.connect() for _ in range(2)]
-    for client in clients:
-        assert (await client.infer()).status == 200
+    clients = []
+    for _ in range(2):
+        clients.append(await gateway.connect())
+        assert (await clients[-1].infer()).status == 200
     third = await gateway.connect()
     assert await third.rest() == b""
     clients[0].close()
     await until(lambda: len(gateway.plane.connections) == 1)
     assert (await (await gateway.connect()).infer()).status == 200
+
+
+async def test_half_open_connections_without_a_key_lock_nobody_out(make_gateway: MakeGateway, runtime: Runtime) -> None:
+    gateway = await make_gateway(Limits(max_connections=20))
+    gateway.route()
+    known = await gateway.connect()
+    assert (await known.infer()).status == 200
+    half = []
+    for _ in range(60):
+        half.append(await gateway.connect())
+        half[-1].send(b"POST /v2/models/flights/infer HTTP/1.1\r\nHost: g\r\n")
+    # One address holds a quarter, whatever it opens, and the oldest went: the newest are still there.
+    await until(lambda: len(gateway.plane.newcomers) == 5 and len(gateway.plane.connections) == 6)
+    for client in half[:-5]:
+        assert await client.rest() == b""
+    new = await gateway.connect()
+    assert (await new.infer()).status == 200
+    new.send(b"GET /v2/health/ready HTTP/1.1\r\nHost: g\r\n\r\n")
+    assert (await new.reply()).status == 200
+    assert (await known.infer()).status == 200
+    probe = await gateway.connect()
+    probe.send(b"GET /v2/health/live HTTP/1.1\r\nHost: g\r\n\r\n")
+    assert (await probe.reply()).status == 200
+
+
+async def test_full_of_newcomers_the_oldest_makes_room_and_none_that_has_shown_its_key(make_gateway: MakeGateway, runtime: Runtime) -> None:
+    gateway = await make_gateway(Limits(max_connections=4, newcomers_share=1.0))
+    gateway.route()
+    known = await gateway.connect()
+    assert (await known.infer()).status == 200
+    refused = await gateway.connect()
+    assert (await refused.infer(key="hr_0000000000000000_" + "x" * 32)).status == 401
+    later = [await gateway.connect() for _ in range(2)]
+    await until(lambda: len(gateway.plane.connections) == 4)
+    new = await gateway.connect()
+    assert (await new.infer()).status == 200
+    assert await refused.rest() == b""
+    for client in (*later, known, new):
+        assert (await client.infer()).status == 200
+    # All have shown a key now: there is nobody to make room.
+    assert await (await gateway.connect()).rest() == b""
+
+
+async def test_what_is_being_answered_is_not_shed(make_gateway: MakeGateway) -> None:
+    gateway = await make_gateway(Limits(max_connections=4))
+    client = await gateway.connect()
+    client.send(b"GET /held HTTP/1.1\r\nHost: g\r\n\r\n")
+    await until(lambda: gateway.held == 1)
+    others = [await gateway.connect() for _ in range(10)]
+    for other in others[:-1]:
+        assert await other.rest() == b""
+    gateway.let_go.set()
+    assert (await client.reply()).status == 200
+    # Answered, but without a key: it waits again, as the newest.
+    assert await others[-1].rest() == b""
+    assert list(gateway.plane.connections) == [await the_connection(gateway, lambda one: not one._proven)]
+
+
+async def test_a_key_shown_to_the_control_plane_counts(make_gateway: MakeGateway) -> None:
+    gateway = await make_gateway(Limits(max_connections=4))
+    gateway.route()
+    client = await gateway.connect()
+    client.send(b"GET /api/v1/runs HTTP/1.1\r\nHost: g\r\n" + AUTH + b"\r\n")
+    assert (await client.reply()).status == 200
+    for _ in range(10):
+        await gateway.connect()
+    await until(lambda: len(gateway.plane.connections) == 2)
+    assert (await client.infer()).status == 200
+
+
+def test_one_client_is_an_address_or_a_network_of_version_6() -> None:
+    assert origin("10.0.0.1") == origin("::ffff:10.0.0.1") != origin("10.0.0.2")
+    assert origin("2001:db8::1") == origin("2001:db8::ffff:1:2") != origin("2001:db8:0:1::1")
+    assert origin("fe80::1%eth0") == origin("fe80::2%eth1")
 
 
 # Pipelining

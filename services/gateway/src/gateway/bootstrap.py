@@ -105,6 +105,7 @@ def _plane(settings: GatewaySettings) -> DataPlane:
             max_body_bytes=settings.max_body_bytes,
             max_head_bytes=settings.max_head_bytes,
             max_connections=settings.max_connections,
+            newcomers_share=settings.newcomers_share,
             head_timeout_s=settings.head_timeout_s,
             body_timeout_s=settings.body_timeout_s,
             keep_alive_s=settings.keep_alive_s,

@@ -14,6 +14,7 @@ from gateway.access import AccessTable
 from gateway.arms import ArmLimits, ArmStates
 from gateway.callers import CallerBook
 from gateway.kv2 import FIXED_PATHS
+from gateway.newcomers import Newcomers
 from gateway.routes import Endpoint, Route, RouteTable
 from gateway.shadow import ShadowLimits, Shadows
 from gateway.tracing import Spans, sampling_bound
@@ -40,6 +41,8 @@ class Limits:
     max_headers: int = 100
     max_pipelined: int = 16
     max_connections: int = 4096
+    newcomers_share: float = 0.25
+    """Of the connections: what one address may hold without having sent a whole request with a valid key."""
     head_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     keep_alive_s: float = 75.0
@@ -75,6 +78,7 @@ class DataPlane:
         self.callers = CallerBook()
         self.shadows = Shadows(self.limits.shadow, self.spans)
         self.connections: set[DataProtocol] = set()
+        self.newcomers: Newcomers[DataProtocol] = Newcomers(max(1, int(self.limits.max_connections * self.limits.newcomers_share)))
         self.draining = False
         self.on_route: Callable[[], None] | None = None
         """Told when a revision is first served, so that it is acknowledged at once."""

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from gateway import kv2
 from gateway.exchange import Exchange, Refusal
 from gateway.kv2 import Op
+from gateway.newcomers import origin
 from gateway.plane import DataPlane
 from gateway.routes import Target
 
@@ -97,20 +98,40 @@ class DataProtocol(HttpToolsProtocol):
         self._swept_at = 0.0
         self._writing_paused_at = 0.0
         self._linger_until = 0.0
+        self._proven = False
+        self._origin = ""
 
     # The transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
         super().connection_made(transport)
         plane = self.plane
+        if len(plane.connections) >= plane.limits.max_connections and not plane.draining:
+            oldest = plane.newcomers.oldest()
+            if oldest is not None:
+                oldest.shed()
         if len(plane.connections) >= plane.limits.max_connections or plane.draining:
             self._stopped = True
             transport.abort()
             return
         plane.connections.add(self)
+        self._origin = origin(self.client[0]) if self.client else ""
+        self._wait_for_proof()
+
+    def _wait_for_proof(self) -> None:
+        surplus = self.plane.newcomers.add(self, self._origin)
+        if surplus is not None:
+            surplus.shed()
+
+    def shed(self) -> None:
+        """Ends a connection whose client has not shown a key, to make room for another; its place is free at once."""
+        self.plane.connections.discard(self)
+        self._stopped = True
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.plane.connections.discard(self)
+        self.plane.newcomers.remove(self)
         self._stopped = True
         active, self.active = self.active, None
         if active is not None:
@@ -244,6 +265,8 @@ class DataProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._phase = _BUSY
         cycle = self.cycle
+        if not self._proven:
+            self._whole(cycle)
         if type(cycle) is not Exchange:
             super().on_message_complete()
             return
@@ -256,12 +279,25 @@ class DataProtocol(HttpToolsProtocol):
         if cycle.turn and cycle.refusal is None:
             cycle.run()
 
+    def _whole(self, cycle: Any) -> None:
+        """A message is whole. With a key it proves the connection; else it is our turn, and nothing is shed that is being answered."""
+        if type(cycle) is Exchange:
+            grant = cycle.grant
+        else:
+            headers = dict(self.headers)
+            grant = self.plane.access.identify(headers.get(b"authorization"), headers.get(b"x-api-key"))
+        self._proven = grant is not None
+        if self._proven or not cycle.response_complete:
+            self.plane.newcomers.remove(self)
+
     # uvicorn's cycle of requests
 
     def on_response_complete(self) -> None:
         # As the base class, but for the timer that it sets after every answer: the sweep closes idle connections.
         self.server_state.total_requests += 1
         self.active = None
+        if not self._proven and not self.pipeline and not self.transport.is_closing():
+            self._wait_for_proof()
         if self.transport.is_closing() or (self._stopped and not self.pipeline):
             return
         if self._phase == _BUSY:

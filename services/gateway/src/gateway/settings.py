@@ -29,6 +29,13 @@ class GatewaySettings(ServiceSettings):
     body_timeout_s: float = Field(default=30, gt=0, description="Seconds that a client has to send a request's body.")
     keep_alive_s: float = Field(default=75, gt=0, description="Seconds that an idle client connection is kept.")
     max_connections: int = Field(default=4096, gt=0, description="Client connections per process.")
+    newcomers_share: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Share of the connections that one client address (IPv6: /64) may hold without having sent a whole request with a valid"
+        " key; its oldest such one goes for a new one. 1 behind a proxy, which has one address for all.",
+    )
     arm_in_flight: int = Field(default=256, gt=0, description="Requests in flight per arm and process; more are refused, or fall back.")
     shadow_in_flight: int = Field(default=16, gt=0, description="Shadow copies in flight per process.")
     shadow_waiting: int = Field(default=256, ge=0, description="Shadow copies that may wait per process; more are dropped and counted.")
