@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from trainer.runner import memory, sandbox
+from trainer.runner import memory, sandbox, sandbox_init
 from trainer.runner.attempt import judge
 from trainer.runner.child import Child, output_of
 from trainer.runner.log import Log
@@ -224,6 +226,15 @@ async def test_too_much_to_watch_is_not_allowed(tmp_path: Path, program: str, wh
     words = [sandbox.BASE_PYTHON, "-I", "-c", program]
     ended, said = await run(tmp_path, *words, limits=limits, visible=sandbox.visible_python(Path(sys.prefix)))
     assert ended.killed.startswith(why), (ended, said)
+
+
+async def test_a_command_has_a_session_keyring_of_its_own(tmp_path: Path) -> None:
+    number = sandbox_init.SYS_KEYCTL[platform.machine()]
+    libc = ctypes.CDLL(None)
+    ours = libc.syscall(number, sandbox_init.KEYCTL_JOIN_SESSION_KEYRING, None)  # else there is perhaps none to be inherited
+    program = f"import ctypes; print(ctypes.CDLL(None).syscall({number}, 0, -3, 0))"  # KEYCTL_GET_KEYRING_ID of the session
+    _, said = await run(tmp_path, *python(program), visible=sandbox.visible_python(Path(sys.prefix)))
+    assert ours == -1 or int(said) not in (ours, -1)  # a machine may have no keyrings
 
 
 async def test_open_files_of_a_process_are_limited_and_the_machines_switches_out_of_reach(tmp_path: Path) -> None:
