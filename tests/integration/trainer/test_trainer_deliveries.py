@@ -36,6 +36,9 @@ SECTION = {
 }
 
 
+NO_REPOSITORY = {"git": {"url": "https://127.0.0.1:9/no.git", "ref": "main"}}
+
+
 async def publish(shared: Any, *messages: registry_events.DeliveryApplied | bytes) -> None:
     """Puts records on headrace.deliveries, as the registry's relay does."""
     prefix = shared.environment["HEADRACE_TOPIC_PREFIX"]
@@ -56,8 +59,11 @@ async def publish(shared: Any, *messages: registry_events.DeliveryApplied | byte
 
 
 def applied(revision: int, *, name: str = "flight-delays", deleted: bool = False, **changes: Any) -> registry_events.DeliveryApplied:
+    by = changes.pop("applied_by", "grace")
     section = json.dumps({**SECTION, **changes})
-    return registry_events.DeliveryApplied(name=name, revision=revision, deleted=deleted, train_json=section, experiment="flights")
+    return registry_events.DeliveryApplied(
+        name=name, revision=revision, deleted=deleted, train_json=section, experiment="flights", applied_by=by
+    )
 
 
 async def until_revision(shared: Any, revision: int, name: str = "flight-delays") -> None:
@@ -117,21 +123,70 @@ async def test_a_delivery_with_a_cron_trigger_is_trained_when_it_is_due_as_it_wa
     await until_revision(shared, 1, name)
     source = await shared.upload({"train.py": "print('as uploaded')"})
     pushed = await shared.submit("", source=source, delivery=name, command=[])
-    # It was last looked at some minutes ago: so it is due, and once only however long that is.
-    await shared.rows("UPDATE trainer.delivery SET scheduled_at = now() - interval '10 minutes' WHERE name = :name RETURNING 1", name=name)
-    async with asyncio.timeout(60):
-        while True:
-            rows = await shared.rows("SELECT training_id, submitted_by FROM trainer.training WHERE request_id LIKE 'cron:nightly:%'")
-            if rows:
-                break
-            await asyncio.sleep(0.1)
+    scheduled = await until_due(shared, name)
     await publish(shared, applied(2, name=name))  # without the trigger it is not due again
     await until_revision(shared, 2, name)
-    assert [row.submitted_by for row in rows] == ["schedule"]
-    ended = await shared.ended(rows[0].training_id)
+    ended = await shared.ended(scheduled)
     assert (ended.status, ended.delivery, ended.source.upload_id) == ("succeeded", name, source.upload_id)
+    # Its author is who uploaded what it trained: they approve nothing that comes of it.
+    run = await shared.run(ended.run_id)
+    assert (ended.submitted_by, run.user, run.tags["headrace.started_by"]) == ("ada", "ada", "schedule")
+    assert "headrace.started_by" not in (await shared.run((await shared.ended(pushed.training_id)).run_id)).tags
     assert "as uploaded" in await shared.log(ended.training_id)
     assert (await shared.ended(pushed.training_id)).status == "succeeded"
+
+
+async def until_due(shared: Any, name: str) -> str:
+    """Makes a delivery due: it was last looked at some minutes ago, and once only however long that is. Returns its training's id."""
+    await shared.rows("UPDATE trainer.delivery SET scheduled_at = now() - interval '10 minutes' WHERE name = :name RETURNING 1", name=name)
+    row = await until_row(shared, "SELECT training_id FROM trainer.training WHERE request_id LIKE :ids", ids=f"cron:{name}:%")
+    return str(row.training_id)
+
+
+async def until_row(shared: Any, query: str, **parameters: Any) -> Any:
+    """The first row of the query as soon as there is one."""
+    async with asyncio.timeout(60):
+        while True:
+            if rows := await shared.rows(query, **parameters):
+                return rows[0]
+            await asyncio.sleep(0.1)
+
+
+async def test_the_author_of_what_a_schedule_trains_from_a_repository_is_who_applied_the_delivery(shared: Any) -> None:
+    name = "nightly-git"
+    changes: dict[str, Any] = {"source": NO_REPOSITORY, "triggers": [{"cron": "* * * * *"}]}
+    await publish(shared, applied(1, name=name, applied_by="ken", **changes))
+    # A later revision by somebody else makes them the author; the same revision told again does not.
+    await publish(shared, applied(2, name=name, applied_by="mallory", **changes), applied(2, name=name, applied_by="ada", **changes))
+    await until_revision(shared, 2, name)
+    scheduled = await until_due(shared, name)
+    await publish(shared, applied(3, name=name, **changes | {"triggers": []}))
+    await until_revision(shared, 3, name)
+    rows = await shared.rows("SELECT submitted_by, started_by FROM trainer.training WHERE training_id = :id", id=scheduled)
+    assert [tuple(row) for row in rows] == [("mallory", "schedule")]
+    with rpc.acting_for(ADA):
+        await shared.trainer.CancelTraining(pb.CancelTrainingRequest(training_id=scheduled))
+    await shared.ended(scheduled)
+
+
+async def test_a_delivery_kept_without_who_applied_it_is_trained_by_schedule_once_that_is_told(shared: Any) -> None:
+    name = "nightly-old"
+    changes: dict[str, Any] = {"source": NO_REPOSITORY, "triggers": [{"cron": "* * * * *"}]}
+    await publish(shared, applied(1, name=name, applied_by="", **changes))
+    await until_revision(shared, 1, name)
+    past = "UPDATE trainer.delivery SET scheduled_at = now() - interval '10 minutes' WHERE name = :name RETURNING scheduled_at"
+    was = (await shared.rows(past, name=name))[0].scheduled_at
+    await until_row(shared, "SELECT 1 FROM trainer.delivery WHERE name = :name AND scheduled_at > :was", name=name, was=was)
+    assert await shared.rows("SELECT 1 FROM trainer.training WHERE delivery = :name", name=name) == []  # looked at, and nothing started
+    await publish(shared, applied(1, name=name, applied_by="ken", **changes))
+    await until_row(shared, "SELECT 1 FROM trainer.delivery WHERE name = :name AND applied_by = 'ken'", name=name)
+    scheduled = await until_due(shared, name)
+    await publish(shared, applied(2, name=name, **changes | {"triggers": []}))
+    await until_revision(shared, 2, name)
+    with rpc.acting_for(ADA):
+        training = (await shared.trainer.CancelTraining(pb.CancelTrainingRequest(training_id=scheduled))).training
+    assert training.submitted_by == "ken"
+    await shared.ended(scheduled)
 
 
 async def test_the_migrations_make_the_tables_that_the_code_knows(shared: Any) -> None:

@@ -25,6 +25,9 @@ LOG_CHUNK = 64 * 1024
 _FOLLOW_S = 0.2
 _log = logging.getLogger(__name__)
 
+SCHEDULE = "schedule"
+"""What starts the trainings of cron triggers."""
+
 INFRASTRUCTURE_ATTEMPTS = 5
 """Attempts beyond those that the user's code may fail: for a trainer that died, or servers that were away."""
 
@@ -102,10 +105,10 @@ class Trainer:
             await self._verify_upload(caller, request.source.upload_id)
         return await self._submit(caller.name, request, request_id)
 
-    async def _submit(self, submitter: str, request: Request, request_id: str) -> Training:
+    async def _submit(self, submitter: str, request: Request, request_id: str, started_by: str = "") -> Training:
         if len(request_id) > 500 or "\x00" in request_id:
             raise Invalid("the input is not valid", [Violation("request_id", "at most 500 characters")])
-        key = RequestKey(submitter, request_id) if request_id else None
+        key = RequestKey(started_by or submitter, request_id) if request_id else None
         async with self._store.transaction() as work:
             if key is not None and (known := await work.trainings.by_request(key)):
                 return known
@@ -127,6 +130,7 @@ class Trainer:
             submitted_by=submitter,
             max_attempts=request.max_attempts or self._max_attempts,
             created_at=self._clock.now(),
+            started_by=started_by,
         ).submitted()
         try:
             async with self._store.transaction() as work:
@@ -240,14 +244,21 @@ class Trainer:
         return count
 
     async def _start_due(self, delivery: AppliedDelivery, section: TrainSection, at: datetime) -> int:
-        source = Source()
+        source, author = Source(), delivery.applied_by
         if not section.git_url:
             # A folder is on its user's machine: it is trained again as it was last uploaded.
             async with self._store.transaction() as work:
                 source = await work.trainings.last_upload(delivery.name) or source
+                upload = await work.uploads.get(source.upload_id) if source.upload_id else None
+                author = upload.uploaded_by if upload is not None else author
+        if not author:
+            # Anybody could approve what has no author. The registry tells its deliveries again, with who applied them.
+            _log.warning("delivery %s was due at %s and is not trained: it is not known who applied it", delivery.name, at)
+            return 0
         request = Request(delivery=delivery.name, source=source)
         try:
-            training = await self._submit("schedule", request, f"cron:{delivery.name}:{at.isoformat()}")
+            # The author is a person, who may not approve what comes of it: the schedule only starts it.
+            training = await self._submit(author, request, f"cron:{delivery.name}:{at.isoformat()}", SCHEDULE)
         except Invalid as exc:
             _log.warning("delivery %s was due at %s and cannot be trained: %s", delivery.name, at, exc)
             return 0

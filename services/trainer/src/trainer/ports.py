@@ -41,6 +41,7 @@ class AppliedDelivery:
     deleted: bool
     experiment: str
     train_json: str
+    applied_by: str
 
 
 class Trainings(Protocol):

@@ -103,6 +103,7 @@ def _values(training: Training) -> dict[str, Any]:
         "cancelled_by": training.cancelled_by,
         "finished_at": training.finished_at,
         "event_sequence": training.event_sequence,
+        "started_by": training.started_by,
     }
 
 
@@ -129,6 +130,7 @@ def _training(row: RowMapping) -> Training:
         created_at=row["created_at"],
         finished_at=row["finished_at"],
         event_sequence=row["event_sequence"],
+        started_by=row["started_by"],
     )
 
 
@@ -166,7 +168,9 @@ class SqlDeliveries:
     async def remember(self, delivery: AppliedDelivery) -> None:
         row = dataclasses.asdict(delivery)
         made = upsert(t.delivery).values(**row)
-        newer = t.delivery.c.revision < made.excluded.revision
+        # One that was kept before it was known who applied it is completed when it is told again.
+        completed = (t.delivery.c.revision == made.excluded.revision) & (t.delivery.c.applied_by == "") & (made.excluded.applied_by != "")
+        newer = (t.delivery.c.revision < made.excluded.revision) | completed
         # What is new starts to count anew.
         changed = {**row, "scheduled_at": None}
         await self._conn.execute(made.on_conflict_do_update(index_elements=["name"], set_=changed, where=newer))
@@ -184,7 +188,7 @@ class SqlDeliveries:
 
 
 def _delivery(row: RowMapping) -> AppliedDelivery:
-    return AppliedDelivery(row["name"], row["revision"], row["deleted"], row["experiment"], row["train_json"])
+    return AppliedDelivery(row["name"], row["revision"], row["deleted"], row["experiment"], row["train_json"], row["applied_by"])
 
 
 class SqlJobs:

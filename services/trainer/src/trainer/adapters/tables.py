@@ -37,6 +37,7 @@ training = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("finished_at", DateTime(timezone=True)),
     Column("event_sequence", BigInteger, nullable=False),
+    _text("started_by"),
     Column("requested_by", Text),
     Column("request_id", Text),
     UniqueConstraint("requested_by", "request_id", name="training_request"),
@@ -65,5 +66,6 @@ delivery = Table(
     Column("deleted", Boolean, nullable=False),
     _text("experiment"),
     _text("train_json"),
+    _text("applied_by"),
     Column("scheduled_at", DateTime(timezone=True)),
 )

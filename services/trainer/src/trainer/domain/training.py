@@ -84,7 +84,10 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One training. `attempt` and `run_id` are those of the newest attempt; `failures` counts attempts that the user's code failed."""
+    """One training. `attempt` and `run_id` are those of the newest attempt; `failures` counts attempts that the user's code failed.
+
+    `submitted_by` is its author; `started_by` is `schedule` when a cron trigger started it for them, else empty.
+    """
 
     training_id: str
     status: Status
@@ -107,6 +110,7 @@ class Training:
     cancelled_by: str = ""
     finished_at: datetime | None = None
     event_sequence: int = 0
+    started_by: str = ""
 
     @property
     def ended(self) -> bool:

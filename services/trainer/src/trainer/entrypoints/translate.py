@@ -66,7 +66,7 @@ def _message(event: Event) -> tuple[str, Message]:
 
 
 def applied_delivery(message: registry_events_pb2.DeliveryApplied) -> AppliedDelivery:
-    return AppliedDelivery(message.name, message.revision, message.deleted, message.experiment, message.train_json)
+    return AppliedDelivery(message.name, message.revision, message.deleted, message.experiment, message.train_json, message.applied_by)
 
 
 # -- answers

@@ -34,6 +34,8 @@ async def tags(training: Training, attempt: int, lock: bytes) -> dict[str, str]:
     }
     if training.delivery:
         told["headrace.delivery"] = training.delivery
+    if training.started_by:
+        told["headrace.started_by"] = training.started_by
     if training.source.git_url:
         told["headrace.source"] = f"{training.source.git_url} {training.source.git_ref}"[:_MAX_TAG]
     if gpus := await _gpus():
