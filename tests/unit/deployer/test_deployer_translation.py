@@ -155,6 +155,18 @@ def test_a_rollout_is_told_with_its_evidence() -> None:
     assert (message.held, message.paused, message.cause) == (True, False, events.END_CAUSE_DEADLINE)
 
 
+def test_a_rollout_that_traffic_decides_says_what_it_waits_for() -> None:
+    shadowing = record()
+    wanted = shadowing.rollout.policy.shadow
+    assert wanted is not None
+    assert translate.rollout(shadowing).reason.endswith(f"90 of {wanted.requests} shadow answers compared")
+    step = shadowing.rollout.policy.steps[0]
+    stepping = replace(shadowing, rollout=replace(shadowing.rollout, state=State.STEPPING, reason="why"))
+    assert translate.rollout(stepping).reason.startswith(f"why; 0 of {step.requests} canary requests seen at")
+    paused = replace(shadowing, rollout=replace(shadowing.rollout, hold=Hold.PAUSED, reason="lunch"))
+    assert translate.rollout(paused).reason == "lunch"
+
+
 def test_a_watched_completion_and_its_alarm_are_told() -> None:
     completed = replace(record(), rollout=replace(rollout(), state=State.COMPLETED, watched=True, revertible=True))
     assert translate.rollout(completed).watched

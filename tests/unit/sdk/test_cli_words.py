@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from headrace.cli import stack
+from headrace.cli import deliveries, stack
 from headrace.cli.app import main
 from localstack import api, layout
 
@@ -169,6 +169,33 @@ def test_a_traceback_is_in_the_log_and_its_last_line_in_the_sentence(gateway: Ga
 def test_what_has_ended_is_not_cancelled(gateway: Gateway, told: Told, status: str, words: str) -> None:
     gateway.table["POST", "/api/v1/trainings/t-1/cancel"] = (200, {"training": training(status)})
     assert told("cancel", "t-1")[:2] == (0, f"training t-1: {words}\n")
+
+
+def test_progress_is_told_now_and_then_and_that_there_is_none(
+    gateway: Gateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0
+
+    def waits(_: float) -> None:
+        nonlocal seconds
+        seconds += 1
+
+    def journey(path: str, **_: object) -> dict[str, Any]:
+        detail = f"{min(seconds, 25)} of 200 shadow answers compared"
+        return {"journeys": [{"journey_id": "j", "state": "completed" if seconds == 90 else "shadowing", "detail": detail}]}
+
+    clock = SimpleNamespace(monotonic=lambda: float(seconds), sleep=waits, strftime=lambda _: "noon")
+    monkeypatch.setattr(deliveries, "time", clock)
+    client: Any = SimpleNamespace(get=journey)
+    assert deliveries.follow(client, "d", None, timeout_s=1000.0)["state"] == "completed"
+    assert capsys.readouterr().err.splitlines() == [
+        "noon  d  shadowing  0 of 200 shadow answers compared",
+        "noon  d  shadowing  10 of 200 shadow answers compared",
+        "noon  d  shadowing  20 of 200 shadow answers compared",
+        "noon  d  shadowing  25 of 200 shadow answers compared",
+        "noon  d  shadowing  nothing new for 30 s: it goes on when the endpoint gets traffic",
+        "noon  d  completed  25 of 200 shadow answers compared",
+    ]
 
 
 def test_status_without_a_stack_names_up(told: Told, tmp_path: Path) -> None:

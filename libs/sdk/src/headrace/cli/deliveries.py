@@ -21,6 +21,9 @@ _DESCRIPTION = (
     '"samples": {"inputs": {name: rows}, "outputs": {name: rows}}}'
 )
 
+_PROGRESS_S, _QUIET_S = 10.0, 30.0
+"""That counts go up is told no more often than the first; that nothing happens, after the second."""
+
 
 def register(app: typer.Typer) -> None:
     app.command()(apply)
@@ -108,14 +111,24 @@ def follow(client: Client, name: str, run_id: str | None, *, timeout_s: float, q
 def _followed(client: Client, name: str, run_id: str | None, timeout_s: float, quiet: bool) -> Json:
     deadline = time.monotonic() + timeout_s
     seen: tuple[Any, ...] = ()
+    told: tuple[Any, ...] = ()
+    told_at = changed_at = time.monotonic()
+    wondered = False
     while True:
         journeys = client.get(f"/api/v1/deliveries/{name}/journeys", run_id=run_id)["journeys"]
         journey: Json = journeys[0] if journeys else {"state": "waiting", "detail": "no candidate yet", "run_id": run_id or ""}
         now = (journey.get("journey_id"), journey["state"], journey.get("detail"))
-        if now != seen and not quiet:
-            version = f" v{journey['version']}" if journey.get("version") else ""
-            say(f"{time.strftime('%H:%M:%S')}  {name}{version}  {journey['state']}  {journey.get('detail', '')}")
-        seen = now
+        clock = time.monotonic()
+        if now != seen:
+            seen, changed_at, wondered = now, clock, False
+        version = f" v{journey['version']}" if journey.get("version") else ""
+        line = f"{time.strftime('%H:%M:%S')}  {name}{version}  {journey['state']}"
+        if not quiet and now != told and (now[:2] != told[:2] or clock - told_at >= _PROGRESS_S):
+            say(f"{line}  {journey.get('detail', '')}")
+            told, told_at = now, clock
+        if not quiet and not wondered and journey["state"] in ("shadowing", "stepping") and clock - changed_at >= _QUIET_S:
+            say(f"{line}  nothing new for {_QUIET_S:.0f} s: it goes on when the endpoint gets traffic")
+            wondered = True
         if journey["state"] in GOOD_ENDS | BAD_ENDS:
             return journey
         if time.monotonic() > deadline:

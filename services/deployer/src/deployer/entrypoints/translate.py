@@ -19,7 +19,8 @@ from servicekit.moments import moment
 from deployer.domain import events as ev
 from deployer.domain.judge import GuardEvidence
 from deployer.domain.policy import Assign, Guard, GuardKind
-from deployer.domain.rollout import Cause, Hold, Rollout, State
+from deployer.domain.progress import missing
+from deployer.domain.rollout import JUDGED, Cause, Hold, Rollout, State
 from deployer.domain.route import Role, Route, RoutedArm, ShadowRoute
 from deployer.domain.signature import Signature, Tensor
 from deployer.domain.version import Blob, Journey, Version
@@ -296,7 +297,7 @@ def rollout(record: RolloutRecord) -> pb.Rollout:
         weight_bps=found.weight,
         paused=found.hold is Hold.PAUSED,
         held=found.hold is not None and found.hold is not Hold.PAUSED,
-        reason=found.reason,
+        reason=_reason(found),
         guards=[_evidence(guard, found) for guard in found.policy.guards],
         route_revision=found.revision,
         shadow_compared=found.evidence.shadow.compared,
@@ -313,6 +314,12 @@ def rollout(record: RolloutRecord) -> pb.Rollout:
     if record.finished_at is not None:
         answer.finished_at.CopyFrom(moment(record.finished_at))
     return answer
+
+
+def _reason(rollout: Rollout) -> str:
+    """Why it stands where it does; while traffic decides, also what it still waits for. A hold says so itself."""
+    waits_for = missing(rollout) if rollout.state in JUDGED and rollout.hold is None else ""
+    return "; ".join(part for part in (rollout.reason, waits_for) if part)
 
 
 def _evidence(guard: Guard, rollout: Rollout) -> pb.GuardEvidence:
