@@ -31,8 +31,9 @@ from trainer.runner.egress import environment as egress_environment
 from trainer.runner.sandbox_init import HOME, SOURCE, WORK
 
 POLL_S = 0.1
-SLOW_S = 1.0
-"""Seconds after which a look at the memory is late; twice in a row, and no limit can be held."""
+SLOW_S = 5.0
+"""Seconds after which a look at the memory is late; twice in a row, and no limit can be held. Many workers that share much data, and a busy
+machine, take a second now and then."""
 
 MAX_PROCESSES = 512
 MAX_THREADS = 4_000
