@@ -13,7 +13,7 @@ from dataclasses import replace
 from artifacts import ArtifactStore
 from artifacts.blobs import blob_key
 from servicekit.clock import Clock
-from servicekit.errors import Invalid, NotFound, Transient
+from servicekit.errors import Invalid, NotFound, Transient, Unavailable
 
 from deployer import metrics
 from deployer.domain.errors import SignatureInvalid
@@ -29,6 +29,9 @@ LOADS = 3
 """How often a runtime is asked to load a version for which it takes too long."""
 
 _MAX_SAMPLES_BYTES = 16 * 1024 * 1024
+BASELINE_WAITS = 20
+"""So often, some 40 s in all, a load waits for the baseline's model: a version must be able to replace one that can no longer be loaded."""
+
 _LEAST_WAIT_S = 0.2
 _MOST_WAIT_S = 2.0
 _log = logging.getLogger(__name__)
@@ -41,6 +44,10 @@ class _Failed(Exception):
         super().__init__(message)
         self.cause = cause
         self.message = message
+
+
+class _BaselineLost(Unavailable):
+    """The runtime answers, and has lost what callers are served by."""
 
 
 class Loader:
@@ -68,9 +75,10 @@ class Loader:
         Waits for servers that are away. May be repeated and cancelled at any point.
         """
         wait = _LEAST_WAIT_S
+        baseline_waits = 0
         while True:
             try:
-                await self._bring_up(rollout_id)
+                await self._bring_up(rollout_id, alone=baseline_waits >= BASELINE_WAITS)
                 return
             except RuntimeLost as lost:
                 await self._deployer.tell(rollout_id, LoadFailed(Cause.RUNTIME, lost.message))
@@ -79,6 +87,7 @@ class Loader:
                 await self._deployer.tell(rollout_id, LoadFailed(failed.cause, failed.message))
                 return
             except Transient as passing:
+                baseline_waits += isinstance(passing, _BaselineLost)
                 _log.warning("rollout %s waits: %s", rollout_id, passing)
             except NotFound:
                 return  # nothing refers to it any more
@@ -89,13 +98,16 @@ class Loader:
             await self._clock.sleep(wait)
             wait = min(wait * 2, _MOST_WAIT_S)
 
-    async def _bring_up(self, rollout_id: str) -> None:
+    async def _bring_up(self, rollout_id: str, *, alone: bool) -> None:
         record = await self._deployer.rollout(rollout_id)
         if record.rollout.state not in LOADING:
             return
         runtime = self._runtimes[record.rollout.policy.runtime]
         model = await self._loaded(record)
-        if model is None or model.name not in await runtime.models():
+        there = await runtime.models()
+        if record.rollout.state is State.PREPARING and not alone:
+            await self._await_baseline(record, there)
+        if model is None or model.name not in there:
             content = await self._content(record.version)
             model = await self._intend(record, runtime)
             if model is None:
@@ -105,6 +117,18 @@ class Loader:
         await self._deployer.tell(rollout_id, Loaded())
         await self._warm_up(runtime, model.name, record.version)
         await self._deployer.tell(rollout_id, Warmed())
+
+    async def _await_baseline(self, record: RolloutRecord, there: frozenset[str]) -> None:
+        """A runtime that has just restarted gets back first what callers need. A rollout that overtook that would be taken for one
+        whose evidence the restart has spoiled. Raises _BaselineLost."""
+        rollout = record.rollout
+        async with self._store.transaction() as work:
+            known = await work.models(rollout.policy.runtime)
+        if any(
+            (m.endpoint, m.arm) == (rollout.endpoint, rollout.baseline) and m.wanted and m.state == "loaded" and m.name not in there
+            for m in known
+        ):
+            raise _BaselineLost(f"{rollout.policy.runtime} has lost the version that serves, which is loaded again first")
 
     async def _push(self, runtime: Runtime, model: str, content: bytes, version: Version) -> None:
         """Have the runtime load it. When that takes too long, again by the same name: a load that ended meanwhile is found to be done."""
