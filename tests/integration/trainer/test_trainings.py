@@ -59,6 +59,7 @@ open("written-beside-the-code", "w").write("yes")
         "MODE": "fast",
         "ORT_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": "/headrace/sdk",
+        "HEADRACE_PACKAGES": "/headrace/packages",
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "7",
         "HEADRACE_SEED": "7",
