@@ -19,6 +19,7 @@ from typing import Any
 
 from contracts.deployer.v1 import events_pb2 as deployer_events
 from headrace.cli.deliveries import follow
+from headrace.cli.rollouts import explained
 from headrace.cli.training import upload_source
 from headrace.config import Connection
 from headrace.datasets import push_dataset
@@ -146,7 +147,7 @@ def run(state_dir: Path, *, keep: bool) -> None:
             expect(rollout["cause"] == "END_CAUSE_HARM", f"it must be rolled back for harm, not for {rollout['cause']}")
             stages = {v["ref"]["version"]: v for v in client.get(f"/api/v1/models/{DELIVERY}/versions")["versions"]}
             expect("champion" in stages[second["version"]]["aliases"], "the champion must still be the champion")
-            notes.append(check_stages(rollout, decisions_of(client, fourth["rollout_id"])))
+            notes.append(check_stages(rollout, explained(client, fourth["rollout_id"])["decisions"]))
     finally:
         ledger = stop_client(traffic, state_dir / "ledger.json")
     with story.chapter("from one prediction back to data and commit") as notes:
@@ -315,18 +316,6 @@ def check_relief(ledger: dict[str, Any], events: list[Told], version: int) -> No
     counted = ledger["versions"].get(str(version), {"relieved": 0})
     expect(counted["relieved"] > 0, f"the baseline must have answered in the place of version {version}")
     expect(counted["first_relieved"] > began[0].timestamp(), f"version {version} must have failed no request before its canary stage")
-
-
-def decisions_of(client: Client, rollout_id: str) -> list[dict[str, Any]]:
-    """Every decision of a rollout, oldest first."""
-    found: list[dict[str, Any]] = []
-    token = ""
-    while True:
-        page = client.get(f"/api/v1/rollouts/{rollout_id}/explain", page_size=1000, page_token=token)
-        found += page["decisions"]
-        token = page["next_page_token"]
-        if not token:
-            return found
 
 
 def check_stages(rollout: dict[str, Any], decisions: list[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from eventing import topics
 from eventing.envelope import Received
 from eventing.kafka import KafkaBroker
 from eventing.records import receive
+from headrace.cli.rollouts import explained
 from localstack.layout import Stack
 from localstack.schemas import DATABASE
 from localstack.throwaway import ThrowawayServers
@@ -128,7 +129,7 @@ async def _pass(world: World, system: Stack, events: _Events, callers: _Callers,
     version = registry_events.ModelPromoted.FromString(promoted.payload).version.version
     answered = await callers.first(version)
     rollout = (await asyncio.to_thread(world.journey, run))["rollout_id"]
-    told = await asyncio.to_thread(world.client.get, f"/api/v1/rollouts/{rollout}/explain", page_size=1000)
+    told = await asyncio.to_thread(explained, world.client, rollout)
     moves = {decision["to_state"]: _time(decision["at"]) for decision in reversed(told["decisions"])}
     await asyncio.to_thread(_take_back, world, rollout)
     async with _connected(system) as database:

@@ -155,6 +155,12 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+async def _until_ready(component: Relay | Consumer) -> None:
+    async with asyncio.timeout(60):
+        while component.ready() is not None:  # noqa: ASYNC110 - asked now and then, as a prober does
+            await asyncio.sleep(0.05)
+
+
 async def _write(job: dict[str, Any]) -> None:
     """A replica of the writing service: writers and a relay. With a rate transactions begin by the clock, late or not."""
     engine = create_async_engine(job["url"], pool_size=WRITERS, max_overflow=0)
@@ -162,8 +168,7 @@ async def _write(job: dict[str, Any]) -> None:
     broker = KafkaBroker(job["bootstrap"], "bench-writing")
     relay = Relay(job["url"], "writing", broker, "/bench/writing", job["prefix"], outbox=outbox, create_topics=False)
     await relay.start()
-    while relay.ready() is not None:  # noqa: ASYNC110 - asked now and then, as a prober does
-        await asyncio.sleep(0.05)
+    await _until_ready(relay)
     ids = SystemIds()
     filler = random.Random(7).randbytes(PAYLOAD_BYTES - 8)
     count = job["per_transaction"]
@@ -248,8 +253,7 @@ async def _read(job: dict[str, Any]) -> None:
 
     consumer.inbox.apply = timed  # type: ignore[method-assign]
     await consumer.start()
-    while consumer.ready() is not None:  # noqa: ASYNC110 - asked now and then, as a prober does
-        await asyncio.sleep(0.05)
+    await _until_ready(consumer)
     _say("ready")
     cpu = _cpu_s()
     wanted = int(await _said())

@@ -249,6 +249,23 @@ async def test_a_runtime_that_restarts_ends_the_rollout_and_gets_its_models_back
     assert gateway.weights() == {1: 10_000}
 
 
+async def test_a_rollout_lets_a_runtime_that_restarted_load_first_what_serves(stand: Any) -> None:
+    await stand.start()
+    await stand.live()
+    (serving,) = stand.runtime.loaded
+    stand.runtime.away = True
+    stand.runtime.restart()
+    await stand.promote(2)
+    await stand.eventually(lambda: stand.some_rollout(lambda rollout: rollout.state == "preparing"), "version 2 to be prepared")
+    stand.runtime.slow = 8  # loading it again takes some of the reconciler's rounds
+    before = len(stand.runtime.calls)
+    stand.runtime.away = False
+    await stand.ended(2, "deploy.completed")
+    loads = [name for kind, name in stand.runtime.calls[before:] if kind == "load"]
+    assert loads[:8] == [serving] * 8
+    assert "-v2-" in loads[8]
+
+
 async def test_a_model_that_kills_its_runtime_is_not_tried_again(stand: Any) -> None:
     await stand.start()
     await stand.live()

@@ -156,9 +156,14 @@ async def rollout_of(process: Process, version: int) -> pb.Rollout:
     return next((found for found in answer.rollouts if found.ref.version.version == version), pb.Rollout())
 
 
-async def test_a_rollout_on_real_servers_survives_sigkill(
-    process: Process, stand_parts: Any, stack_servers: Any, triton: Any, topic_prefix: str
-) -> None:
+ROWS = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.0], [6.0]]}}
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    process: Process, stand_parts: Any, stack_servers: Any, topic_prefix: str
+) -> AsyncIterator[tuple[KafkaBroker, S3Store, Any, Any]]:
+    """The deployer with version 1 live, and its world: broker, object store, what the registry and one gateway tell."""
     gateway_class, registry_class, serve, eventually = stand_parts
     broker = KafkaBroker(stack_servers.kafka, "test")
     store = S3Store(stack_servers.s3)
@@ -169,10 +174,20 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
     try:
         await gateway.start()
         await publish(broker, registry.applied(serve()))
-        rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.0], [6.0]]}}
-        await publish(broker, await registry.promoted(store, 1, model(2.0), rows))
+        await publish(broker, await registry.promoted(store, 1, model(2.0), ROWS))
         await eventually(lambda: gateway.weights() == {1: 10_000}, "version 1 to be routed")
+        yield broker, store, registry, gateway
+    finally:
+        await gateway.stop()
+        await broker.close()
+        await store.stop()
 
+
+async def test_a_rollout_on_real_servers_survives_sigkill(
+    process: Process, stand_parts: Any, stack_servers: Any, triton: Any, topic_prefix: str
+) -> None:
+    *_, eventually = stand_parts
+    async with serving(process, stand_parts, stack_servers, topic_prefix) as (broker, store, registry, gateway):
         gateway.per_window = 0  # so that version 2 goes no further than its shadow stage at first
         rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.001], [6.003]]}}
         await publish(broker, await registry.promoted(store, 2, model(2.001), rows, champion=1))
@@ -217,9 +232,6 @@ async def test_a_rollout_on_real_servers_survives_sigkill(
         await eventually(lambda: alarm_of(process, 2), "an alarm about version 2", within_s=60)
         assert gateway.weights() == {2: 10_000}
         assert await process.terminate() == 0
-    finally:
-        await gateway.stop()
-        await broker.close()
 
 
 class Callers:
@@ -254,19 +266,8 @@ class Callers:
 async def test_a_model_that_triton_refuses_is_rolled_back_with_its_words_and_callers_notice_nothing(
     process: Process, stand_parts: Any, stack_servers: Any, topic_prefix: str
 ) -> None:
-    gateway_class, registry_class, serve, eventually = stand_parts
-    broker = KafkaBroker(stack_servers.kafka, "test")
-    store = S3Store(stack_servers.s3)
-    await topics.ensure_topics(broker, topic_prefix)
-    registry = registry_class(topic_prefix)
-    gateway = gateway_class(broker, prefix=topic_prefix)
-    await process.start()
-    try:
-        await gateway.start()
-        await publish(broker, registry.applied(serve()))
-        rows = {"inputs": {"x": [[1.0], [3.0]]}, "outputs": {"y": [[2.0], [6.0]]}}
-        await publish(broker, await registry.promoted(store, 1, model(2.0), rows))
-        await eventually(lambda: gateway.weights() == {1: 10_000}, "version 1 to be routed")
+    *_, eventually = stand_parts
+    async with serving(process, stand_parts, stack_servers, topic_prefix) as (broker, store, registry, gateway):
 
         async def ended(version: int, state: str) -> bool:
             return await state_of(process, version) == state
@@ -276,7 +277,7 @@ async def test_a_model_that_triton_refuses_is_rolled_back_with_its_words_and_cal
         broken.graph.node[0].op_type = "Frobnicate"
         async with Callers(gateway) as callers:
             await eventually(lambda: callers.right > 0, "callers to be answered")
-            await publish(broker, await registry.promoted(store, 2, broken.SerializeToString(), rows, champion=1))
+            await publish(broker, await registry.promoted(store, 2, broken.SerializeToString(), ROWS, champion=1))
             await eventually(lambda: ended(2, "rolled_back"), "version 2 to be rolled back", within_s=60)
             answered = callers.right
             await eventually(lambda: callers.right > answered, "callers to be answered still")
@@ -286,10 +287,6 @@ async def test_a_model_that_triton_refuses_is_rolled_back_with_its_words_and_cal
         assert gateway.weights() == {1: 10_000}
         assert 2 not in gateway.served
         assert callers.others == []
-    finally:
-        await gateway.stop()
-        await broker.close()
-        await store.stop()
 
 
 async def check_calls(process: Process) -> None:

@@ -14,11 +14,7 @@ from typing import Any
 import asyncpg
 import psutil
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from evaluator import worker
-from evaluator.adapters import tables
-from sqlalchemy.ext.asyncio import create_async_engine
 
 
 class Process:
@@ -115,23 +111,3 @@ async def test_killed_in_the_middle_another_one_does_it_again_and_it_is_told_onc
         await connection.close()
     assert [tuple(event) for event in written] == [("flight-delays", "eval.passed")]
     assert (job["state"], job["attempt"]) == ("succeeded", 2)
-
-
-async def test_the_migrations_make_the_tables_that_the_code_knows(start: Any) -> None:
-    evaluator = await start()
-    engine = create_async_engine(evaluator.settings.database_url)
-
-    def compare(connection: Any) -> list[Any]:
-        def mine(entry: Any, name: str | None, kind: str, *_: Any) -> bool:
-            return kind != "table" or f"evaluator.{name}" in tables.METADATA.tables
-
-        options = {"include_schemas": True, "include_object": mine, "compare_server_default": True}
-        found = compare_metadata(MigrationContext.configure(connection, opts=options), tables.METADATA)
-        # Comments explain the columns to readers of the code; the database has none.
-        return [one for one in found if "comment" not in str(one[0][0] if isinstance(one, list) else one[0])]
-
-    try:
-        async with engine.connect() as connection:
-            assert await connection.run_sync(compare) == []
-    finally:
-        await engine.dispose()

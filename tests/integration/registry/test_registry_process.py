@@ -11,16 +11,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 from contracts.registry.v1 import events_pb2, service_pb2, service_pb2_grpc
-from eventing import schema as eventing_schema
 from eventing import topics
 from eventing.envelope import Received
 from eventing.kafka import KafkaBroker
 from eventing.snapshots import SnapshotReader
 from pydantic import SecretStr
-from registry.adapters import tables
 from registry.settings import RegistrySettings
 from servicekit.access import Caller, new_service_token
 from servicekit.rpc import acting_for, channel
@@ -86,17 +83,3 @@ async def test_it_starts_from_settings_alone_and_tells_kafka(
     finally:
         await connection.close()
     assert [key.key_id for key in keys.keys] == ["first"]
-
-
-async def test_the_tables_are_those_that_the_queries_name(registry: Any) -> None:
-    connection = await asyncpg.connect(registry.dsn)
-    try:
-        rows = await connection.fetch(
-            "SELECT table_name, column_name, is_nullable, udt_name FROM information_schema.columns WHERE table_schema = 'registry'"
-        )
-    finally:
-        await connection.close()
-    eventing = {table.name for table in eventing_schema.tables("registry")} | {"alembic_version"}
-    stored = {(row["table_name"], row["column_name"], row["is_nullable"] == "YES") for row in rows if row["table_name"] not in eventing}
-    named = {(table.name, column.name, bool(column.nullable)) for table in tables.metadata.tables.values() for column in table.columns}
-    assert stored == named

@@ -8,14 +8,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from contracts.tracker.v1 import events_pb2
 from servicekit import runtoken
 from servicekit.access import Caller
 from servicekit.clock import SystemClock
 from servicekit.errors import AlreadyExists, Conflict, Forbidden, Invalid, NotFound, Unauthenticated
-from tracker.adapters import tables
 from tracker.domain.artifact import Dataset
 from tracker.domain.model import BlobRef, DeliverableModel, Signature, TensorSpec
 from tracker.domain.run import DatasetRef, Metric, RunSource, Status
@@ -29,22 +26,6 @@ def token_caller(token: str) -> Caller:
     """What the gateway makes of a run token."""
     told = runtoken.verify(SECRET, token, SystemClock().now())
     return Caller("gateway", f"run:{told.run_id}", frozenset(), told.run_id, told.fencing_token)
-
-
-async def test_the_migrations_make_the_tables_that_the_code_knows(stored: Any) -> None:
-    def compare(connection: Any) -> list[Any]:
-        def mine(entry: Any, name: str | None, kind: str, *_: Any) -> bool:
-            return kind != "table" or name in {table.name for table in tables.METADATA.tables.values()}
-
-        options = {
-            "include_schemas": True,
-            "include_object": mine,
-            "include_name": lambda name, kind, _: kind != "schema" or name == "tracker",
-        }
-        return list(compare_metadata(MigrationContext.configure(connection, opts=options), tables.METADATA))
-
-    async with stored.engine.connect() as conn:
-        assert await conn.run_sync(compare) == []
 
 
 async def test_there_is_a_default_experiment_and_names_are_unique(stored: Any, editor: Caller) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 from contracts.registry.v1 import events_pb2 as registry_events
 from contracts.registry.v1 import service_pb2 as registry_pb2
 from contracts.trainer.v1 import service_pb2 as pb
@@ -21,8 +19,6 @@ from eventing.kafka import KafkaBroker
 from servicekit import rpc
 from servicekit.access import Caller
 from servicekit.errors import Forbidden, Invalid, NotFound
-from sqlalchemy.ext.asyncio import create_async_engine
-from trainer.adapters import tables
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -187,21 +183,3 @@ async def test_a_delivery_kept_without_who_applied_it_is_trained_by_schedule_onc
         training = (await shared.trainer.CancelTraining(pb.CancelTrainingRequest(training_id=scheduled))).training
     assert training.submitted_by == "ken"
     await shared.ended(scheduled)
-
-
-async def test_the_migrations_make_the_tables_that_the_code_knows(shared: Any) -> None:
-    def compare(connection: Any) -> list[Any]:
-        def mine(entry: Any, name: str | None, kind: str, *_: Any) -> bool:
-            return kind != "table" or name in {table.name for table in tables.METADATA.tables.values()}
-
-        options = {
-            "include_schemas": True,
-            "include_object": mine,
-            "include_name": lambda name, kind, _: kind != "schema" or name == "trainer",
-        }
-        return list(compare_metadata(MigrationContext.configure(connection, opts=options), tables.METADATA))
-
-    engine = create_async_engine(shared.database)
-    async with engine.connect() as conn:
-        assert await conn.run_sync(compare) == []
-    await engine.dispose()

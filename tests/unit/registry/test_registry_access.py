@@ -13,11 +13,15 @@ from registry.domain.errors import DeliveryInvalid, DomainError, Malformed, Prob
 from registry.entrypoints.grpc import ACCESS, RULES
 from registry.handlers.telling import KINDS, told
 from registry.settings import RegistrySettings
-from servicekit.access import Caller, authorize
+from servicekit.access import EVERY_ROLE, Caller, authorize
 from servicekit.errors import Forbidden, HeadraceError, Invalid, Violation
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HASH = "a" * 64
+
+
+def test_people_have_the_roles_that_services_know() -> None:
+    assert set(access.PEOPLE) == EVERY_ROLE
 
 
 def test_a_key_and_its_revocation() -> None:

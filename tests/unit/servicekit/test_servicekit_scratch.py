@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,19 @@ async def test_the_folder_is_there_until_the_stop(tmp_path: Path) -> None:
     await scratch.stop()
     await scratch.stop()
     assert [path.name for path in (tmp_path / "state" / "scratch").iterdir()] == ["lock"]
+
+
+async def test_a_tree_that_is_deeper_than_python_walks_is_removed(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path)
+    await scratch.start()
+    inner = os.open(scratch.path, os.O_RDONLY)
+    for _ in range(3_000):
+        os.mkdir("deep", dir_fd=inner)
+        outer, inner = inner, os.open("deep", os.O_RDONLY, dir_fd=inner)
+        os.close(outer)
+    os.close(inner)
+    await scratch.stop()
+    assert folders(tmp_path) == []
 
 
 async def test_what_a_killed_process_left_is_removed_and_what_a_running_one_has_is_not(tmp_path: Path) -> None:

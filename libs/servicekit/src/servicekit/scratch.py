@@ -7,10 +7,11 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from servicekit import trees
 
 _log = logging.getLogger(__name__)
 
@@ -71,11 +72,5 @@ def _opened(file: Path) -> Iterator[int]:
 
 def _remove(folder: Path) -> None:
     """The folder, then its lock: as long as anything of it is left, a later start finds it."""
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass  # killed before it was made
-    except OSError as error:
-        _log.warning("a folder cannot be removed: %s", error)
-        return
-    _lock_of(folder).unlink(missing_ok=True)
+    if trees.remove(folder):
+        _lock_of(folder).unlink(missing_ok=True)

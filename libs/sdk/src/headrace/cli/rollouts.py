@@ -91,11 +91,7 @@ def explain(
 ) -> None:
     """Every decision of a rollout, and why it was taken."""
     with Client() as client:
-        path, page = f"/api/v1/rollouts/{_find(client, which)}/explain", {"page_size": 1000}
-        answer = client.get(path, **page)
-        while token := answer.pop("next_page_token", ""):
-            further = client.get(path, **page, page_token=token)
-            answer = {**further, "decisions": answer["decisions"] + further["decisions"]}
+        answer = explained(client, _find(client, which))
     if json:
         print_json(answer)
         return
@@ -106,6 +102,16 @@ def explain(
     if hidden := len(answer["decisions"]) - len(decisions):
         console.print(f"{hidden} windows changed nothing (--windows shows them)", style="dim")
     _guards(answer["rollout"])
+
+
+def explained(client: Client, rollout_id: str) -> Json:
+    """A rollout and its whole log: `rollout` as it stands, `decisions` oldest first. Raises what `client` raises."""
+    path, page = f"/api/v1/rollouts/{rollout_id}/explain", {"page_size": 1000}
+    answer = client.get(path, **page)
+    while token := answer.pop("next_page_token", ""):
+        further = client.get(path, **page, page_token=token)
+        answer = {**further, "decisions": answer["decisions"] + further["decisions"]}
+    return answer
 
 
 @rollout.command()

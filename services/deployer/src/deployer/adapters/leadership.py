@@ -14,17 +14,11 @@ from typing import Any
 
 import asyncpg
 from servicekit import db
-from servicekit.errors import Unavailable
 
 from deployer.adapters.tables import SCHEMA
 
 LOCK = int.from_bytes(hashlib.sha256(f"headrace leader {SCHEMA}".encode()).digest()[:8], signed=True)
 """Key of the advisory lock (advisory locks are per database)."""
-
-
-def _translated(error: Exception) -> BaseException:
-    # asyncpg loses count of what it waits for when its server dies in the middle of a statement, and says only this.
-    return Unavailable("the session was lost") if isinstance(error, asyncpg.InternalClientError) else db.translate(error)
 
 
 class Session:
@@ -43,14 +37,14 @@ class Session:
             epoch: int = await self._connection.fetchval(statement, self._holder)
             return epoch
         except Exception as error:
-            raise _translated(error) from error
+            raise db.translate(error) from error
 
     async def check(self) -> None:
         """Raises Unavailable when the session, and the lock with it, is gone."""
         try:
             await self._connection.fetchval("SELECT 1")
         except Exception as error:
-            raise _translated(error) from error
+            raise db.translate(error) from error
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
 
 SCHEMA = "registry"
-metadata = MetaData(schema=SCHEMA)
+METADATA = MetaData(schema=SCHEMA)
 
 
 def _time(name: str, nullable: bool = False) -> Column[datetime]:
@@ -47,11 +47,11 @@ def _publication() -> tuple[Column[int], Column[datetime], Column[datetime]]:
 
 
 # The newest revision of each delivery; its row is what is locked.
-delivery = Table("delivery", metadata, _text("name", True), _number("revision"), _flag("deleted"), *_publication())
+delivery = Table("delivery", METADATA, _text("name", True), _number("revision"), _flag("deleted"), *_publication())
 
 delivery_revision = Table(
     "delivery_revision",
-    metadata,
+    METADATA,
     _text("name", True),
     _number("revision", True),
     _text("yaml"),
@@ -66,11 +66,11 @@ delivery_revision = Table(
     Index("delivery_revision_model", "model"),
 )
 
-claim = Table("claim", metadata, _text("kind", True), _text("name", True), _text("delivery"), Index("claim_delivery", "delivery"))
+claim = Table("claim", METADATA, _text("kind", True), _text("name", True), _text("delivery"), Index("claim_delivery", "delivery"))
 
 model = Table(
     "model",
-    metadata,
+    METADATA,
     Column("id", UUID(as_uuid=True), primary_key=True),
     _text("name"),
     _number("latest"),
@@ -81,12 +81,12 @@ model = Table(
 )
 
 model_alias = Table(
-    "model_alias", metadata, Column("model_id", UUID(as_uuid=True), primary_key=True), _text("alias", True), _number("version")
+    "model_alias", METADATA, Column("model_id", UUID(as_uuid=True), primary_key=True), _text("alias", True), _number("version")
 )
 
 model_version = Table(
     "model_version",
-    metadata,
+    METADATA,
     Column("model_id", UUID(as_uuid=True), primary_key=True),
     _number("number", True),
     _text("stage"),
@@ -117,7 +117,7 @@ model_version = Table(
 
 approval = Table(
     "approval",
-    metadata,
+    METADATA,
     Column("id", UUID(as_uuid=True), primary_key=True),
     Column("model_id", UUID(as_uuid=True), nullable=False),
     _number("version"),
@@ -134,7 +134,7 @@ approval = Table(
 
 approval_vote = Table(
     "approval_vote",
-    metadata,
+    METADATA,
     Column("approval_id", UUID(as_uuid=True), primary_key=True),
     _text("subject", True),
     _flag("approve"),
@@ -144,7 +144,7 @@ approval_vote = Table(
 
 api_key = Table(
     "api_key",
-    metadata,
+    METADATA,
     _text("key_id", True),
     _number("revision"),
     _text("hash"),
@@ -159,7 +159,7 @@ api_key = Table(
 
 audit = Table(
     "audit",
-    metadata,
+    METADATA,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     _time("at"),
     _text("actor"),
@@ -173,7 +173,7 @@ audit = Table(
 
 webhook = Table(
     "webhook",
-    metadata,
+    METADATA,
     Column("id", UUID(as_uuid=True), primary_key=True),
     _text("body"),
     _time("created_at"),

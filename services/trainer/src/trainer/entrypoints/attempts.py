@@ -20,7 +20,7 @@ from typing import IO
 import psutil
 from eventing.background import Background, Backoff
 from jobs import Ended, Job, JobContext, JobQueue, LeaseLost, State
-from servicekit import telemetry
+from servicekit import telemetry, trees
 from servicekit.db import is_transient
 from servicekit.errors import Conflict, Invalid, Transient
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from trainer.adapters.logs import job_dir
 from trainer.adapters.store import KIND, SqlStore
 from trainer.handlers import Outcome, Trainer
-from trainer.runner import sandbox, tree
+from trainer.runner import sandbox
 from trainer.runner.child import Child
 from trainer.runner.disk import of_disk
 from trainer.runner.keeper import Claim, read_outcome
@@ -81,7 +81,7 @@ class Attempts:
         self._store.committed()
 
     async def _run(self, job: Job, context: JobContext, folder: Path) -> Outcome:
-        await asyncio.to_thread(tree.remove, folder)
+        await asyncio.to_thread(trees.remove, folder)
         await asyncio.to_thread(folder.mkdir, parents=True)
         trace = telemetry.current_traceparent()
         claim = Claim(job.key, str(job.id), job.kind, job.attempt, job.fencing_token, job.max_attempts, os.getpid(), trace)
@@ -241,7 +241,7 @@ def _clean(folder: Path) -> None:
     nothing that the attempt left can make the next trainers do all this again."""
     try:
         (folder / _PROCESS).unlink(missing_ok=True)
-        tree.remove(*(entry for entry in folder.iterdir() if entry.name not in _KEPT))
+        trees.remove(*(entry for entry in folder.iterdir() if entry.name not in _KEPT))
     except OSError as exc:
         _log.warning("the folder of an attempt stays as it is: %s", exc)
 

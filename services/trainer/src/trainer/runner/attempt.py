@@ -17,13 +17,14 @@ from typing import TypeVar
 
 from artifacts import ArtifactStore
 from artifacts.blobs import blob_key
+from servicekit import trees
 from servicekit.clock import Clock
 from servicekit.errors import Conflict, Invalid, NotFound, Transient
 
 from trainer.domain.training import Training
 from trainer.handlers import Outcome, Trainer
 from trainer.ports import NewRun, Sources, StartedRun, Tracker
-from trainer.runner import provenance, sandbox, tree
+from trainer.runner import provenance, sandbox
 from trainer.runner.disk import FULL, of_disk
 from trainer.runner.egress import Destination, Egress
 from trainer.runner.log import Log
@@ -112,10 +113,12 @@ class Attempt:
             error = of_disk(exc)
             if error is not exc:
                 # What is left of the attempt is told on the same disk.
-                await asyncio.to_thread(tree.remove, self._folder / "source")
+                await asyncio.to_thread(trees.remove, self._folder / "source")
             if self._run is not None:
                 await self._finish("FAILED", str(error) if isinstance(error, Invalid | Transient) else "an internal error of the trainer")
-            raise error from exc.__cause__ if error is exc else exc
+            if error is exc:
+                raise
+            raise error from exc
         if self._run is not None:
             await self._finish("FINISHED" if outcome.succeeded else "FAILED", outcome.reason)
         return outcome
@@ -302,7 +305,7 @@ def judge(ended: Ended, limits: Limits, tail: str) -> Outcome:
 
 
 def _empty(folder: Path) -> None:
-    tree.remove(folder)
+    trees.remove(folder)
     folder.mkdir(parents=True)
 
 

@@ -13,11 +13,11 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from artifacts import ArtifactStore
+from servicekit import trees
 from servicekit.errors import Invalid, TooLarge, Unavailable
 
 from trainer.domain.training import Source
 from trainer.ports import Upload
-from trainer.runner import tree
 from trainer.runner.child import output_of
 from trainer.runner.egress import HTTP, HTTPS, Destination, destination
 
@@ -69,7 +69,7 @@ class SourceFetcher:
         await self._git(folder, "fetch", "--quiet", "--depth=1", "--no-tags", "--no-recurse-submodules", "--", url, ref)
         await self._git(folder, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--no-recurse-submodules", "FETCH_HEAD")
         commit = await self._git(folder, "rev-parse", "HEAD")
-        await asyncio.to_thread(tree.remove, folder / ".git")
+        await asyncio.to_thread(trees.remove, folder / ".git")
         await asyncio.to_thread(_check, folder, self._max_bytes * 10)
         return commit
 

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uv
+from servicekit import trees
 from servicekit.errors import Invalid, Unavailable
 
-from trainer.runner import sandbox, tree
+from trainer.runner import sandbox
 from trainer.runner.child import output_of
 from trainer.runner.disk import FULL
 from trainer.runner.sandbox import Command, Limits
@@ -78,7 +79,7 @@ class Venvs:
                 await _lock(held, fcntl.LOCK_EX, note)
                 if not (venv / _COMPLETE).exists():
                     note("installing the packages of requirements.lock")
-                    await asyncio.to_thread(tree.remove, venv)
+                    await asyncio.to_thread(trees.remove, venv)
                     await _install(lock, venv, scratch, output)
                     await _compile(venv, scratch, output)
                     (venv / _COMPLETE).write_text(str(await asyncio.to_thread(_size, venv)))
@@ -207,7 +208,7 @@ def _remove_unused(venv: Path) -> bool:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (venv / _COMPLETE).unlink(missing_ok=True)  # first: what is half removed is installed anew
-        tree.remove(venv)
+        trees.remove(venv)
     except BlockingIOError:
         return False
     finally:
