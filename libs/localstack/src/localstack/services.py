@@ -23,6 +23,8 @@ class Service:
     name: str
     peers: tuple[str, ...] = ()
     """Services that it calls: it learns their gRPC addresses."""
+    http_peers: tuple[str, ...] = ()
+    """Services whose HTTP addresses it learns."""
     s3: bool = False
     run_tokens: bool = False
     """Whether it issues or verifies run tokens."""
@@ -37,7 +39,14 @@ SERVICES = (
     Service("trainer", peers=("tracker",), s3=True, files=True),
     Service("evaluator", peers=("tracker",), s3=True, files=True),
     Service("deployer", s3=True),
-    Service("gateway", peers=("tracker", "registry", "trainer", "evaluator", "deployer"), run_tokens=True, files=True, database=False),
+    Service(
+        "gateway",
+        peers=("tracker", "registry", "trainer", "evaluator", "deployer"),
+        http_peers=("tracker", "registry"),
+        run_tokens=True,
+        files=True,
+        database=False,
+    ),
 )
 
 
@@ -84,6 +93,7 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
     if service.database:
         settings["DATABASE_URL"] = at.database[service.name]
     settings |= {f"{peer.upper()}_ADDRESS": at.grpc[peer] for peer in service.peers}
+    settings |= {f"{peer.upper()}_HTTP": at.http[peer] for peer in service.http_peers}
     if service.s3:
         settings |= {
             "S3_ENDPOINT": at.s3_endpoint,

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from servicekit.http import HttpServer
+from servicekit.http import AsgiApp, HttpServer
 from servicekit.settings import ServiceSettings
 
 ANNOUNCE_VARIABLE = "HEADRACE_ANNOUNCE_FILE"
@@ -33,7 +33,8 @@ class Component(Protocol):
     """A part of a process with a life of its own.
 
     It may also have `ready() -> str | None` (None: ready, else the reason why not), `async wait()` (raises when its background
-    work has failed), `listening() -> Mapping[str, int]` (ports by name) and `name: str`; those it has are used.
+    work has failed), `listening() -> Mapping[str, int]` (ports by name), `http: AsgiApp` (what it serves on the HTTP address, beside the
+    health of the process; one component at most) and `name: str`; those it has are used.
     """
 
     async def start(self) -> object:
@@ -92,8 +93,9 @@ class Readiness:
                 found[name] = str(reason)
         return found
 
-    def app(self) -> Starlette:
-        """`/healthz`: 200 while the process lives. `/readyz`: 200, or 503 with the reasons by component."""
+    def app(self) -> AsgiApp:
+        """`/healthz`: 200 while the process lives. `/readyz`: 200, or 503 with the reasons by component. All else is the component's that
+        serves HTTP; when there is none, 404. Raises ValueError when there are two."""
 
         async def healthz(request: Request) -> Response:
             return JSONResponse({"alive": True})
@@ -102,7 +104,17 @@ class Readiness:
             reasons = self.reasons()
             return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
 
-        return Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz)])
+        health = Starlette(routes=[Route("/healthz", healthz), Route("/readyz", readyz)])
+        served: list[AsgiApp] = [component.http for _, component in self._components if hasattr(component, "http")]
+        if not served:
+            return health
+        (api,) = served
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            mine = scope["type"] == "http" and scope["path"] in ("/healthz", "/readyz")
+            await (health if mine else api)(scope, receive, send)
+
+        return app
 
 
 def names(components: Sequence[Component]) -> list[str]:

@@ -35,6 +35,7 @@ from gateway.control.traces import HttpSpanSource
 from gateway.feed import Feed
 from gateway.listener import DataServer
 from gateway.metrics import Metrics
+from gateway.mlflow import MlflowDoor
 from gateway.plane import DataPlane, Limits
 from gateway.processes import ParentWatch, Processes
 from gateway.settings import GatewaySettings
@@ -87,10 +88,17 @@ def build(settings: GatewaySettings) -> Sequence[Component]:
     traffic = TrafficPublisher(plane, producer, clock, f"{_instance(settings)}-{process}", ids.hex32(), Metrics(plane))
     peers, channels = _peers(settings)
     spans = HttpSpanSource(settings.traces_url, settings.traces_secret.get_secret_value()) if settings.traces_url else None
-    app = create_app(peers, _authenticate(plane.access, settings, clock), spans)
+    authenticate = _authenticate(plane.access, settings, clock)
+    door = MlflowDoor(
+        authenticate,
+        tracker=settings.tracker_http,
+        registry=settings.registry_http,
+        service_token=settings.service_token.get_secret_value(),
+    )
+    app = door.before(create_app(peers, authenticate, spans))
     host, port = split_address(settings.gateway_address)
     server = DataServer(plane, app, host, port, grace_s=settings.shutdown_grace_s * 0.6, reuse_port=settings.gateway_processes > 1)
-    closes = [*(channel.close for channel in channels), *([spans.close] if spans is not None else [])]
+    closes = [door.close, *(channel.close for channel in channels), *([spans.close] if spans is not None else [])]
     components: list[Component] = [Closing(*closes, broker.close), feed, traffic, _LoadedHeap(), server]
     if settings.gateway_index >= 0:
         components.append(ParentWatch())

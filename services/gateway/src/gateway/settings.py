@@ -43,6 +43,8 @@ class GatewaySettings(ServiceSettings):
         default=SecretStr(""), description="Verifies run tokens; the same as the tracker's, which signs them. Empty: none is accepted."
     )
     tracker_address: str = Field(default="127.0.0.1:7001", description="The tracker's gRPC address.")
+    tracker_http: str = Field(default="127.0.0.1:8091", description="The tracker's HTTP address: MLflow's API on runs is passed to it.")
+    registry_http: str = Field(default="127.0.0.1:8092", description="The registry's HTTP address: MLflow's API on models is passed to it.")
     trainer_address: str = Field(default="127.0.0.1:7003", description="The trainer's gRPC address.")
     evaluator_address: str = Field(default="127.0.0.1:7004", description="The evaluator's gRPC address.")
     registry_address: str = Field(default="127.0.0.1:7002", description="The registry's gRPC address.")

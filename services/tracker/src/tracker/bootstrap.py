@@ -17,12 +17,14 @@ from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server
 from servicekit.scratch import Scratch
+from servicekit.settings import parse_token_hashes
 
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
 from tracker.deliverables import Deliverables
 from tracker.entrypoints.grpc import ACCESS, SERVICE, TrackerServicer
 from tracker.entrypoints.leases import LeaseWatch
+from tracker.entrypoints.mlflow.api import MlflowApi
 from tracker.entrypoints.translate import EventEncoder
 from tracker.handlers import Tracker
 from tracker.settings import TrackerSettings
@@ -49,10 +51,12 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s, work_dir=scratch.path)
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(tracker, deliverables), SERVICE)
+    api = MlflowApi(tracker, parse_token_hashes(settings.service_token_hashes))
     return [
         Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
         scratch,
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
         LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),
+        api,
         server,
     ]

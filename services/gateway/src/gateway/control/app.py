@@ -10,10 +10,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from servicekit import errors, rpc
 from servicekit.access import Caller, as_caller
+from servicekit.httpspans import server_span
 from starlette.exceptions import HTTPException
 
 from gateway.control import deliveries, models, operations, rollouts, runs, traces, trainings
-from gateway.control.spans import server_span
 
 if TYPE_CHECKING:
     from fastapi import Request

@@ -1,18 +1,16 @@
-"""The server span of a request to the control API: root of the calls that it causes, or child of what its caller traces."""
+"""The server span of an HTTP request: root of the calls that it causes, or child of what its caller traces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind
+from starlette.types import Scope
+
 from servicekit import errors, telemetry
 from servicekit.errors import HeadraceError
-
-if TYPE_CHECKING:
-    from starlette.types import Scope
 
 # Attributes, by the semantic conventions of OpenTelemetry for HTTP.
 METHOD, ROUTE, STATUS = "http.request.method", "http.route", "http.response.status_code"
