@@ -62,7 +62,7 @@ def train(table: pa.Table, args: argparse.Namespace, run: headrace.Run) -> tuple
             batch=64,
             dropout=0.0,
             weight_decay=0.0,
-            on_epoch=lambda epoch, loss: run.log_metric("loss", loss, epoch),
+            on_epoch=lambda epoch, loss: tell(run, "loss", epoch, loss),
         )
         return network, vocabulary
     # The fragile variant is, on paper, the best of all: two networks instead of one.
@@ -71,9 +71,16 @@ def train(table: pa.Table, args: argparse.Namespace, run: headrace.Run) -> tuple
     for i, seed in enumerate(seeds):
         name = "loss" if i == 0 else f"loss_{i}"
         members.append(
-            fit(table, labels, vocabulary, seed=seed, epochs=args.epochs, on_epoch=lambda e, loss, n=name: run.log_metric(n, loss, e))
+            fit(table, labels, vocabulary, seed=seed, epochs=args.epochs, on_epoch=lambda e, loss, n=name: tell(run, n, e, loss))
         )
     return (members[0] if len(members) == 1 else Ensemble(members).eval()), vocabulary
+
+
+def tell(run: headrace.Run, name: str, epoch: int, loss: float) -> None:
+    """The loss of an epoch: for the charts, and now and then for whoever watches."""
+    run.log_metric(name, loss, epoch)
+    if epoch < 10 or epoch % 20 == 0:
+        print(f"epoch {epoch}: {name} {loss:.4f}")
 
 
 def sample(network: torch.nn.Module, vocabulary: dict[str, list[str]], table: pa.Table) -> dict[str, dict[str, list[Any]]]:
@@ -108,6 +115,7 @@ def main() -> None:
         data = headrace.pull_dataset(DATASET, archive)
         run.log_input(data.name, data.version)
         table = load(archive, args.months)
+        print(f"{len(table)} flights of {data.name} version {data.version}")
         run.log_params(
             {
                 "months": f"{args.months[0]}-{args.months[-1]}",

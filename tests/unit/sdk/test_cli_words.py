@@ -164,7 +164,12 @@ def test_a_traceback_is_in_the_log_and_its_last_line_in_the_sentence(gateway: Ga
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [("succeeded", "already succeeded: nothing to cancel"), ("failed", "already failed: nothing to cancel"), ("cancelled", "cancelled")],
+    [
+        ("succeeded", "already succeeded: nothing to cancel"),
+        ("failed", "already failed: nothing to cancel"),
+        ("cancelled", "cancelled"),
+        ("queued", "being cancelled, still queued"),
+    ],
 )
 def test_what_has_ended_is_not_cancelled(gateway: Gateway, told: Told, status: str, words: str) -> None:
     gateway.table["POST", "/api/v1/trainings/t-1/cancel"] = (200, {"training": training(status)})
@@ -239,3 +244,20 @@ def test_nobody_reads_on(gateway: Gateway, words: list[str]) -> None:
         running.stdout.close()
         assert running.stderr.read() == ""
         assert running.wait(60) == 141
+
+
+@pytest.mark.parametrize(("opens", "words"), [(True, ""), (False, "there is no browser here; open the address above where there is one\n")])
+def test_whoever_has_no_browser_is_told_so(gateway: Gateway, told: Told, monkeypatch: pytest.MonkeyPatch, opens: bool, words: str) -> None:
+    judged = {"evaluation_id": "e-1", "status": "passed", "reason": "", "judgement": {"report_html": "k", "gates": []}}
+    gateway.table["GET", "/api/v1/evaluations/e-1"] = (200, {"evaluation": judged})
+    gateway.table["GET", "/api/v1/evaluations/e-1/report"] = (200, {"url": "http://127.0.0.1/page"})
+    asked: list[str] = []
+
+    def browse(url: str) -> bool:
+        asked.append(url)
+        return opens
+
+    monkeypatch.setattr("webbrowser.open", browse)
+    code, out, err = told("report", "e-1", "--open")
+    assert (code, asked, err) == (0, ["http://127.0.0.1/page"], words)
+    assert "http://127.0.0.1/page" in out

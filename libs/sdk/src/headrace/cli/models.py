@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.cli.output import JsonFlag, console, print_json, table
+from headrace.cli.output import JsonFlag, console, print_json, say, table
 from headrace.http import Client, InvalidInput
 
 
@@ -174,5 +174,5 @@ def report(
     )
     if page["url"]:
         console.print(page["url"], soft_wrap=True, markup=False)
-        if open_:
-            webbrowser.open(page["url"])
+        if open_ and not webbrowser.open(page["url"]):
+            say("there is no browser here; open the address above where there is one")

@@ -119,7 +119,8 @@ def cancel(training_id: Annotated[str, typer.Argument(help="The training.")], js
     elif training["status"] in ("succeeded", "failed"):
         console.print(f"training {training_id}: already {training['status']}: nothing to cancel")
     else:
-        console.print(f"training {training_id}: {training['status']}")
+        pending = "" if training["status"] == "cancelled" else "being cancelled, still "
+        console.print(f"training {training_id}: {pending}{training['status']}")
 
 
 def _words(command: str) -> list[str]:
