@@ -27,6 +27,7 @@ class SqlExperiments:
             "name": name,
             "lifecycle_stage": "active",
             "created_ms": created_ms,
+            "last_update_ms": created_ms,
             "requested_by": request.caller if request else None,
             "request_id": request.request_id if request else None,
         }

@@ -83,6 +83,7 @@ class SqlRuns:
             "lifecycle_stage": run.lifecycle_stage,
             "started_ms": run.started_ms,
             "finished_ms": run.finished_ms,
+            "deleted_ms": 0,
             "reason": run.reason,
             "parent_run_id": run.parent_run_id,
             "source_commit": run.source.commit,

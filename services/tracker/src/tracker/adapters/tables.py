@@ -43,8 +43,17 @@ experiment = Table(
     _bigint("created_ms"),
     Column("requested_by", Text),
     Column("request_id", Text),
+    _bigint("last_update_ms"),
     UniqueConstraint("name", name="experiment_name"),
     UniqueConstraint("requested_by", "request_id", name="experiment_request"),
+)
+
+experiment_tag = Table(
+    "experiment_tag",
+    METADATA,
+    Column("experiment_id", BigInteger, ForeignKey(experiment.c.id), primary_key=True),
+    Column("key", Text, primary_key=True),
+    _text("value"),
 )
 
 run = Table(
@@ -71,6 +80,7 @@ run = Table(
     _bigint("event_sequence"),
     Column("requested_by", Text),
     Column("request_id", Text),
+    _bigint("deleted_ms"),
     UniqueConstraint("requested_by", "request_id", name="run_request"),
 )
 Index("run_newest", run.c.experiment_id, run.c.started_ms, run.c.run_id)
@@ -170,4 +180,56 @@ run_input = Table(
     Column("version", BigInteger, primary_key=True),
     Column("position", BigInteger, Identity(always=True), nullable=False),
     ForeignKeyConstraint(["dataset", "version"], [dataset_version.c.name, dataset_version.c.version]),
+)
+
+described_dataset = Table(
+    "described_dataset",
+    METADATA,
+    Column("experiment_id", BigInteger, ForeignKey(experiment.c.id), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("digest", Text, primary_key=True),
+    _text("source_type"),
+    _text("source"),
+    _text("schema"),
+    _text("profile"),
+)
+
+run_dataset = Table(
+    "run_dataset",
+    METADATA,
+    _run_id(),
+    _bigint("experiment_id"),
+    Column("name", Text, primary_key=True),
+    Column("digest", Text, primary_key=True),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    Column("tags", JSONB, nullable=False),
+    ForeignKeyConstraint(
+        ["experiment_id", "name", "digest"],
+        [described_dataset.c.experiment_id, described_dataset.c.name, described_dataset.c.digest],
+    ),
+)
+Index("run_dataset_used", run_dataset.c.experiment_id, run_dataset.c.name, run_dataset.c.digest)
+
+run_model = Table(
+    "run_model",
+    METADATA,
+    _run_id(),
+    Column("direction", Text, CheckConstraint("direction IN ('input', 'output')"), primary_key=True),
+    Column("model_id", Text, primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+)
+Index("run_model_of", run_model.c.model_id)
+
+model_metric = Table(
+    "model_metric",
+    METADATA,
+    Column("model_id", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("timestamp_ms", BigInteger, primary_key=True),
+    Column("value", Double, primary_key=True),
+    _run_id(references=False),
+    Column("dataset_name", Text, primary_key=True),
+    Column("dataset_digest", Text, primary_key=True),
 )
