@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n contracts/tracker/v1/model.proto\x12\x13headrace.tracker.v1\":\n\x07\x42lobRef\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0b\n\x03key\x18\x03 \x01(\t\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"s\n\x0eModelSignature\x12/\n\x06inputs\x18\x01 \x03(\x0b\x32\x1f.headrace.tracker.v1.TensorSpec\x12\x30\n\x07outputs\x18\x02 \x03(\x0b\x32\x1f.headrace.tracker.v1.TensorSpec\"\xc3\x01\n\x10\x44\x65liverableModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12*\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x1c.headrace.tracker.v1.BlobRef\x12\x36\n\tsignature\x18\x04 \x01(\x0b\x32#.headrace.tracker.v1.ModelSignature\x12-\n\x07samples\x18\x05 \x01(\x0b\x32\x1c.headrace.tracker.v1.BlobRef\";\n\nDatasetRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n contracts/tracker/v1/model.proto\x12\x13headrace.tracker.v1\":\n\x07\x42lobRef\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0b\n\x03key\x18\x03 \x01(\t\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"s\n\x0eModelSignature\x12/\n\x06inputs\x18\x01 \x03(\x0b\x32\x1f.headrace.tracker.v1.TensorSpec\x12\x30\n\x07outputs\x18\x02 \x03(\x0b\x32\x1f.headrace.tracker.v1.TensorSpec\"\xdc\x01\n\x10\x44\x65liverableModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12*\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x1c.headrace.tracker.v1.BlobRef\x12\x36\n\tsignature\x18\x04 \x01(\x0b\x32#.headrace.tracker.v1.ModelSignature\x12-\n\x07samples\x18\x05 \x01(\x0b\x32\x1c.headrace.tracker.v1.BlobRef\x12\x17\n\x0flogged_model_id\x18\x06 \x01(\t\";\n\nDatasetRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSIGNATURE']._serialized_start=178
   _globals['_MODELSIGNATURE']._serialized_end=293
   _globals['_DELIVERABLEMODEL']._serialized_start=296
-  _globals['_DELIVERABLEMODEL']._serialized_end=491
-  _globals['_DATASETREF']._serialized_start=493
-  _globals['_DATASETREF']._serialized_end=552
+  _globals['_DELIVERABLEMODEL']._serialized_end=516
+  _globals['_DATASETREF']._serialized_start=518
+  _globals['_DATASETREF']._serialized_end=577
 # @@protoc_insertion_point(module_scope)

@@ -104,10 +104,13 @@ class DeliverableModel(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    LOGGED_MODEL_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name under which the run logged it."""
     format: _builtins.str
     """"onnx"."""
+    logged_model_id: _builtins.str
+    """MLflow's id of the logged model that it is, like m-1f..; empty: it was not logged as one."""
     @_builtins.property
     def blob(self) -> Global___BlobRef: ...
     @_builtins.property
@@ -124,10 +127,11 @@ class DeliverableModel(_message.Message):
         blob: Global___BlobRef | None = ...,
         signature: Global___ModelSignature | None = ...,
         samples: Global___BlobRef | None = ...,
+        logged_model_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "samples", b"samples", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "format", b"format", "name", b"name", "samples", b"samples", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "format", b"format", "logged_model_id", b"logged_model_id", "name", b"name", "samples", b"samples", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DeliverableModel: _TypeAlias = DeliverableModel  # noqa: Y015
