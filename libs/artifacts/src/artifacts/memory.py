@@ -25,7 +25,7 @@ from artifacts.port import (
     check_prefix,
     check_sha256,
     expect,
-    part_size_for,
+    parts_of,
     verified,
 )
 
@@ -45,7 +45,7 @@ class MemoryStore:
         self._uploads: dict[str, _Upload] = {}
         self._ids = itertools.count(1)
 
-    async def put(self, key: str, source: Source, *, sha256: str | None = None) -> Stored:
+    async def put(self, key: str, source: Source, *, sha256: str | None = None, record: bool = True) -> Stored:
         check_key(key)
         if sha256 is not None:
             check_sha256(sha256)
@@ -56,7 +56,7 @@ class MemoryStore:
             data = b"".join([chunk async for chunk in chunks])
         computed = hashlib.sha256(data).hexdigest()
         expect(key, sha256, computed)
-        self._keep(key, data, computed)
+        self._keep(key, data, computed if record else sha256)
         return Stored(key, len(data), computed)
 
     async def get(self, key: str, *, sha256: str | None) -> AsyncGenerator[bytes, None]:
@@ -113,13 +113,12 @@ class MemoryStore:
         """What a client's PUT to a URL of `presign_put` does."""
         self._keep(url.removeprefix("memory:///").partition("?put")[0], data, None)
 
-    async def start_multipart(self, key: str, size: int, *, expires_s: int = 3600) -> Multipart:
+    async def start_multipart(self, key: str, size: int, *, count: int | None = None, expires_s: int = 3600) -> Multipart:
         check_key(key)
-        part_size = part_size_for(size)
+        part_size, parts = parts_of(size, count)
         upload_id = f"upload-{next(self._ids)}"
         self._uploads[upload_id] = _Upload(key)
-        count = max(1, -(-size // part_size))
-        urls = tuple(f"memory:///{key}?uploadId={upload_id}&partNumber={number}" for number in range(1, count + 1))
+        urls = tuple(f"memory:///{key}?uploadId={upload_id}&partNumber={number}" for number in range(1, parts + 1))
         return Multipart(key, upload_id, part_size, urls)
 
     def upload_part(self, url: str, data: bytes) -> str:

@@ -78,22 +78,22 @@ def _external_tensor(data: mmap.mmap) -> str | None:
         left -= 1
         if left < 0:
             raise TooLarge(f"the model has more than {MAX_FIELDS} parts, which is the most that is looked at")
-        tag, at = _varint(data, at, end)
+        tag, at = varint(data, at, end)
         number, wire = tag >> 3, tag & 7
         if not 1 <= number < 2**29:
-            raise _malformed()
+            raise malformed()
         if wire == _VARINT:
-            value, at = _varint(data, at, end)
+            value, at = varint(data, at, end)
             # An enum has 32 bits; a later DEFAULT does not take this back.
             external |= kind == TENSOR and number == DATA_LOCATION and value & 0xFFFF_FFFF != 0
         elif wire == _BYTES:
-            size, start = _varint(data, at, end)
+            size, start = varint(data, at, end)
             at = start + size
             if at > end:
-                raise _malformed()
+                raise malformed()
             if number in INNER[kind]:
                 if len(outer) == MAX_DEPTH:
-                    raise _malformed()
+                    raise malformed()
                 outer.append((kind, at, end))
                 kind, at, end = INNER[kind][number], start, at
             elif kind == TENSOR and number == NAME:
@@ -103,12 +103,12 @@ def _external_tensor(data: mmap.mmap) -> str | None:
         elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
             at += 8 if wire == _EIGHT_BYTES else 4
             if at > end:
-                raise _malformed()
+                raise malformed()
         else:  # groups, which ONNX has not
-            raise _malformed()
+            raise malformed()
 
 
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
     """A number of up to ten bytes, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
@@ -119,8 +119,8 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise _malformed()
+    raise malformed()
 
 
-def _malformed() -> Invalid:
+def malformed() -> Invalid:
     return Invalid("the file is no ONNX model: it is not written as protobuf is")

@@ -86,11 +86,13 @@ class ArtifactStore(Protocol):
     answer, Invalid for a malformed key. Nothing blocks the event loop. All may be repeated.
     """
 
-    async def put(self, key: str, source: Source, *, sha256: str | None = None) -> Stored:
+    async def put(self, key: str, source: Source, *, sha256: str | None = None, record: bool = True) -> Stored:
         """Stores a source in constant memory and records its hash.
 
         With `sha256` it raises HashMismatch when the source has another hash, and leaves nothing behind; what was at the key
         before stays. A stream is consumed, so the caller must make a new one to repeat. TooLarge beyond 80 GB of stream.
+        A stream without `sha256` has 5 GiB at most, and is copied once within the store so that its hash stands with it; `record`
+        False is for who keeps the answered hash: nothing is copied, and it may have 80 GB.
         """
         ...
 
@@ -139,8 +141,12 @@ class ArtifactStore(Protocol):
         """A URL to which anyone can PUT one object of 5 GB at most for `expires_s` seconds. No hash is recorded: see `digest`."""
         ...
 
-    async def start_multipart(self, key: str, size: int, *, expires_s: int = 3600) -> Multipart:
-        """Begins an upload of `size` bytes that a client makes by itself, and gives it a URL for each part."""
+    async def start_multipart(self, key: str, size: int, *, count: int | None = None, expires_s: int = 3600) -> Multipart:
+        """Begins an upload of `size` bytes that a client makes by itself, and gives it a URL for each part.
+
+        With `count` the client cuts as many parts as it likes, of sizes of its own, and `size` is not looked at. Raises Invalid for
+        a count that is not 1 to MAX_PARTS.
+        """
         ...
 
     async def complete_multipart(self, key: str, upload_id: str, parts: Sequence[Part]) -> Entry:
@@ -183,6 +189,16 @@ def part_size_for(size: int) -> int:
         raise TooLarge("an object has 5 TiB at most")
     least = -(-size // MAX_PARTS)
     return max(PART_SIZE, -(-least // CHUNK_SIZE) * CHUNK_SIZE)
+
+
+def parts_of(size: int, count: int | None) -> tuple[int, int]:
+    """The part size of an upload, and how many parts it has. Raises Invalid, TooLarge."""
+    if count is None:
+        part_size = part_size_for(size)
+        return part_size, max(1, -(-size // part_size))
+    if not 1 <= count <= MAX_PARTS:
+        raise Invalid(f"an upload has 1 to {MAX_PARTS} parts, not {count}")
+    return PART_SIZE, count
 
 
 def expect(key: str, wanted: str | None, computed: str) -> None:

@@ -37,6 +37,7 @@ from artifacts.port import (
     check_sha256,
     expect,
     part_size_for,
+    parts_of,
     verified,
 )
 
@@ -85,7 +86,7 @@ class S3Store:
         if not await self._run(lambda: self._client.bucket_exists(self._bucket)):
             raise Unavailable("the artifact store has no bucket for us", detail=self._bucket)
 
-    async def put(self, key: str, source: Source, *, sha256: str | None = None) -> Stored:
+    async def put(self, key: str, source: Source, *, sha256: str | None = None, record: bool = True) -> Stored:
         check_key(key)
         if sha256 is not None:
             check_sha256(sha256)
@@ -100,7 +101,7 @@ class S3Store:
             first = [await anext(parts, b"")]  # in a list, from which it can be let go
             if len(first[0]) < part_size:
                 return await self._put_bytes(key, first[0], sha256)
-            return await self._put_parts(key, first, parts, sha256)
+            return await self._put_parts(key, first, parts, sha256, record)
 
     async def _put_bytes(self, key: str, data: bytes, sha256: str | None) -> Stored:
         def put() -> str:
@@ -111,7 +112,7 @@ class S3Store:
 
         return Stored(key, len(data), await self._run(put))
 
-    async def _put_parts(self, key: str, first: list[bytes], rest: AsyncIterator[bytes], sha256: str | None) -> Stored:
+    async def _put_parts(self, key: str, first: list[bytes], rest: AsyncIterator[bytes], sha256: str | None, record: bool) -> Stored:
         """Uploads part by part, the next being read while one is sent. The upload is aborted when anything goes wrong."""
         digest = hashlib.sha256()
         size = 0
@@ -143,7 +144,7 @@ class S3Store:
         except BaseException:
             await asyncio.shield(self._abandon(key, upload_id, sending))
             raise
-        if sha256 is None:
+        if sha256 is None and record:
             # S3 takes metadata only when an upload begins; copying an object onto itself replaces them without moving bytes.
             if size > _MAX_COPY:
                 raise TooLarge(f"{key}: a stream of more than 5 GiB must be put with its SHA-256")
@@ -259,9 +260,9 @@ class S3Store:
         check_key(key)
         return self._public.get_presigned_url("PUT", self._bucket, key, expires=timedelta(seconds=expires_s))
 
-    async def start_multipart(self, key: str, size: int, *, expires_s: int = 3600) -> Multipart:
+    async def start_multipart(self, key: str, size: int, *, count: int | None = None, expires_s: int = 3600) -> Multipart:
         check_key(key)
-        part_size = part_size_for(size)
+        part_size, parts = parts_of(size, count)
         upload_id = await self._run(lambda: self._client._create_multipart_upload(self._bucket, key, {}))
         expires = timedelta(seconds=expires_s)
 
@@ -269,8 +270,7 @@ class S3Store:
             query: dict[str, str | list[str] | tuple[str]] = {"uploadId": upload_id, "partNumber": str(number)}
             return self._public.get_presigned_url("PUT", self._bucket, key, expires=expires, extra_query_params=query)
 
-        count = max(1, -(-size // part_size))
-        urls = await self._run(lambda: tuple(sign(number) for number in range(1, count + 1)))
+        urls = await self._run(lambda: tuple(sign(number) for number in range(1, parts + 1)))
         return Multipart(key, upload_id, part_size, urls)
 
     async def complete_multipart(self, key: str, upload_id: str, parts: Sequence[Part]) -> Entry:
