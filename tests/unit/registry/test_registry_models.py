@@ -13,10 +13,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from registry.domain.approvals import Approval, ApprovalStatus, Vote
-from registry.domain.errors import DomainError, Malformed, Missing, NotAllowed, Refused
+from registry.domain.catalogued import Registration
+from registry.domain.errors import DomainError, Malformed, Missing, NotAllowed, Refused, TooLarge
 from registry.domain.events import ModelApprovalRequested, ModelArchived, ModelPromoted, ModelReevaluationRequested, ModelRegistered
 from registry.domain.models import CHAMPION, By, Model, Policy
-from registry.domain.versions import Deliverable, Evidence, Journey, Judgement, Stage, Version
+from registry.domain.versions import Deliverable, Evidence, Journey, Judgement, Origin, Stage, Version
 from servicekit.clock import SequentialIds
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -181,10 +182,10 @@ def test_a_champion_of_the_same_number_and_another_file_is_another_champion() ->
 def test_a_failed_reevaluation_leaves_the_version_with_the_reason() -> None:
     model = new_model()
     model.passed(judged("r1"), ASK_ONE, EVENT, new_id, TRACE)
-    model.failed("r1", "sha-r1", "eval-2", "evaluated again and failed: worse", EVENT)
+    model.failed("r1", judged("r1").candidate, "eval-2", "evaluated again and failed: worse", EVENT)
     assert model.versions[1].reason == "evaluated again and failed: worse"
     assert pending(model) == []
-    forget(model).failed("unknown run", "", "e", "x", EVENT)
+    forget(model).failed("unknown run", None, "e", "x", EVENT)
     assert not model.audits
 
 
@@ -200,7 +201,7 @@ def failed_against_version_2() -> Model:
     model.passed(judged("r2", champion=1), OPEN, EVENT, new_id, TRACE)
     model.completed(2, "done", EVENT)
     model.passed(judged("r3", champion=1), OPEN, EVENT, new_id, TRACE)
-    model.failed("r3", "sha-r3", "eval-again", "evaluated again and failed: worse", EVENT)
+    model.failed("r3", judged("r3").candidate, "eval-again", "evaluated again and failed: worse", EVENT)
     return forget(model)
 
 
@@ -208,7 +209,7 @@ def test_each_request_to_judge_again_names_the_newest_evaluation() -> None:
     model = failed_against_version_2()
     model.promote(3, OPEN, ANN, new_id)
     assert asked(model) == [("eval-again", 2)]
-    model.failed("r3", "sha-r3", "eval-third", "evaluated again and failed: worse", EVENT)
+    model.failed("r3", judged("r3").candidate, "eval-third", "evaluated again and failed: worse", EVENT)
     forget(model).promote(3, OPEN, ANN, new_id)
     assert asked(model) == [("eval-third", 2)]
     forget(model).passed(judged("r3", champion=2, evaluation="eval-fourth"), OPEN, EVENT, new_id, TRACE)
@@ -229,7 +230,7 @@ def test_what_failed_is_not_promoted_on_an_older_pass_when_that_champion_is_back
 def test_what_failed_while_it_rolled_out_is_judged_again_before_it_may_go_on(evaluation: str) -> None:
     model = with_champion()
     model.passed(judged("r2", champion=1), OPEN, EVENT, new_id, TRACE)
-    model.failed("r2", "", evaluation, "not evaluated again: no model", EVENT)
+    model.failed("r2", None, evaluation, "not evaluated again: no model", EVENT)
     assert model.versions[2].rolling_out
     model.rolled_back(2, False, "deadline", EVENT)
     forget(model).promote(2, OPEN, ANN, new_id)
@@ -417,8 +418,8 @@ def test_aliases() -> None:
     model.set_alias("blue", 1, ANN)
     assert len(model.audits) == 1
     assert model.aliases_of(1) == (CHAMPION, "blue")
-    for wrong in ("latest", "v3", "V3", "", "1a", "a" * 64, "a b"):
-        with pytest.raises(Malformed):
+    for wrong in ("latest", "Latest", "v3", "V3", "", "a/b", "a" * 256, "a b", "a\x00", "Champion", "\ud800"):
+        with pytest.raises((Malformed, TooLarge)):
             model.set_alias(wrong, 1, ANN)
     with pytest.raises(Refused):
         model.set_alias(CHAMPION, 1, ANN)
@@ -427,6 +428,8 @@ def test_aliases() -> None:
     model.delete_alias("blue", ANN)
     model.delete_alias("blue", ANN)
     assert [audit.action for audit in model.audits] == ["alias.set", "alias.delete"]
+    for right in ("1a", "a" * 255, "Blue", "grün"):
+        assert model.set_alias(right, 1, ANN).number == 1
     with pytest.raises(Missing):
         model.set_alias("blue", 9, ANN)
 
@@ -466,6 +469,7 @@ class Life(RuleBasedStateMachine):
     def attempt(self, act: Callable[[By], Any]) -> None:
         """Does it as the handlers would: a refusal leaves nothing behind."""
         before = (dict(self.model.versions), dict(self.model.approvals), self.model.champion, self.model.latest, self.model.sequence)
+        others = (self.model.previous, dict(self.model.aliases))
         rows = (len(self.model.audits), len(self.model.events))
         self.at += timedelta(seconds=1)
         try:
@@ -473,6 +477,7 @@ class Life(RuleBasedStateMachine):
         except DomainError:
             self.model.versions, self.model.approvals = before[0], before[1]
             self.model.champion, self.model.latest, self.model.sequence = before[2:]
+            self.model.previous, self.model.aliases = others
             del self.model.audits[rows[0] :]
             del self.model.events[rows[1] :]
             return
@@ -495,10 +500,26 @@ class Life(RuleBasedStateMachine):
         policy = Policy("flights", needed, "deleted" if blocked else "")
         self.attempt(lambda by: self.model.passed(judgement, policy, by, self.ids.uuid7, TRACE))
 
+    @rule(later=st.booleans(), path=st.sampled_from(["model", "other"]))
+    def registers(self, later: bool, path: str) -> None:
+        run_id = f"r{self.runs + later}"
+        asked = Registration(run_id, Origin(source=f"runs:/{run_id}/{path}", path=path, registered_by="zoe"), "", {})
+        self.attempt(lambda by: self.model.register(asked, by))
+
+    @precondition(lambda self: self.model.latest)
+    @rule(pick=st.integers(0, 99))
+    def deletes(self, pick: int) -> None:
+        self.attempt(lambda by: self.model.delete_version(self.some(pick), by))
+
+    @precondition(lambda self: self.model.latest)
+    @rule(pick=st.integers(0, 99))
+    def names(self, pick: int) -> None:
+        self.attempt(lambda by: self.model.set_alias("blue", self.some(pick), by))
+
     @precondition(lambda self: self.model.latest)
     @rule(pick=st.integers(0, 99))
     def fails(self, pick: int) -> None:
-        self.attempt(lambda by: self.model.failed(self.model.version(self.some(pick)).journey.run_id, "", "e", "failed", by))
+        self.attempt(lambda by: self.model.failed(self.model.version(self.some(pick)).journey.run_id, None, "e", "failed", by))
 
     @precondition(lambda self: self.model.latest)
     @rule(pick=st.integers(0, 99), override=st.booleans(), needed=st.integers(0, 1))
@@ -549,6 +570,8 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def what_a_version_is_never_changes(self) -> None:
         for number, version in self.model.versions.items():
+            if not self.born.get(number, version).evaluated:
+                self.born[number] = version  # its file and author come with its evaluation
             first = self.born.setdefault(number, version)
             assert (first.number, first.deliverable, first.journey.run_id, first.author, first.created_at) == (
                 version.number,
@@ -561,8 +584,21 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def no_two_versions_are_the_same_file_of_the_same_run(self) -> None:
-        made_of = [(version.journey.run_id, version.deliverable.sha256) for version in self.model.versions.values()]
+        made_of = [(version.journey.run_id, version.deliverable.sha256) for version in self.model.versions.values() if version.evaluated]
         assert len(set(made_of)) == len(made_of)
+
+    @invariant()
+    def only_what_has_passed_an_evaluation_goes_anywhere(self) -> None:
+        for version in self.model.versions.values():
+            assert version.evaluated or not (version.rolling_out or version.stage is Stage.PRODUCTION)
+
+    @invariant()
+    def what_is_served_or_may_be_again_is_not_deleted(self) -> None:
+        for number, version in self.model.versions.items():
+            if version.deleted:
+                assert not version.rolling_out
+                assert number not in (self.model.champion, self.model.previous)
+                assert number not in self.model.aliases.values()
 
     @invariant()
     def events_count_without_gaps(self) -> None:

@@ -87,12 +87,19 @@ class DeliveryRepository(Protocol):
 class ModelRepository(Protocol):
     """Models with their versions, aliases and requests for approval."""
 
-    async def lock(self, model: str | UUID, versions: Sequence[int] = (), run_id: str = "") -> Model | None:
-        """The model by name or id, its row locked, with these versions: named, of the run, champion, with a pending request."""
+    async def lock(
+        self, model: str | UUID, versions: Sequence[int] = (), run_id: str = "", logged_model: str = "", stage: str = ""
+    ) -> Model | None:
+        """The model by name or id, its row locked, with these versions: numbered so, of the run, of the logged model, in the stage,
+        champion, rolling out, with a pending request. Deleted versions are among them; a deleted model is found by its id only."""
         ...
 
-    async def create(self, model_id: UUID, name: str, at: datetime) -> None:
-        """Makes the model unless there is one of this name."""
+    async def create(self, model_id: UUID, name: str, at: datetime) -> bool:
+        """Makes the model unless there is one of this name; whether it did. Waits for one who is making it now."""
+        ...
+
+    async def named(self, name: str) -> bool:
+        """Whether there is a model of this name, without locking it."""
         ...
 
     async def save(self, model: Model) -> None:

@@ -17,10 +17,11 @@ from registry.adapters.tables import approval, approval_vote, model, model_alias
 from registry.adapters.webhooks import WebhookQueue
 from registry.domain.approvals import Approval, ApprovalStatus, Vote
 from registry.domain.models import CHAMPION, Model
-from registry.domain.versions import Deliverable, Evidence, Journey, Stage, Version
+from registry.domain.versions import Deliverable, Evidence, Journey, Origin, Stage, Version
 from registry.ports import ModelSummary, VersionView
 
 MAX_APPROVALS_LISTED = 500
+_ORIGIN = ("source", "path", "logged_model", "storage", "run_link", "registered_by")
 
 
 class SqlModels:
@@ -33,14 +34,20 @@ class SqlModels:
         self._webhooks = webhooks
         self._loaded: dict[UUID, tuple[dict[int, Version], dict[UUID, Approval], dict[str, int]]] = {}
 
-    async def lock(self, name: str | UUID, versions: Sequence[int] = (), run_id: str = "") -> Model | None:
-        which = model.c.id == name if isinstance(name, UUID) else model.c.name == name
+    async def lock(
+        self, name: str | UUID, versions: Sequence[int] = (), run_id: str = "", logged_model: str = "", stage: str = ""
+    ) -> Model | None:
+        which = model.c.id == name if isinstance(name, UUID) else _named(name)
         row = (await self._conn.execute(select(model).where(which).with_for_update())).first()
         if row is None:
             return None
         requests = await self._approvals(approval.c.model_id == row.id, approval.c.status == ApprovalStatus.PENDING)
         numbers = {row.champion, *versions, *(request.version for request in requests)}
-        wanted = or_(model_version.c.number.in_(numbers), model_version.c.run_id == run_id)
+        # An empty text names nothing: versions without a run are not of one run.
+        alike = (model_version.c.run_id, run_id), (model_version.c.logged_model, logged_model), (model_version.c.stage, stage)
+        wanted = or_(
+            model_version.c.number.in_(numbers), model_version.c.rolling_out, *(column == value for column, value in alike if value)
+        )
         loaded = await self._versions(model_version.c.model_id == row.id, wanted)
         # What was decided on the versions at hand decides whether they go on.
         decided = await self._approvals(
@@ -57,15 +64,24 @@ class SqlModels:
             row.created_at,
             latest=row.latest,
             champion=row.champion,
+            previous=row.previous,
             sequence=row.sequence,
+            description=row.description,
+            tags=row.tags,
+            updated_at=row.updated_at,
+            deleted=row.deleted,
             aliases=aliases,
             versions=loaded,
             approvals=approvals,
         )
 
-    async def create(self, model_id: UUID, name: str, at: datetime) -> None:
-        row = {"id": model_id, "name": name, "latest": 0, "champion": 0, "sequence": 0, "created_at": at}
-        await self._conn.execute(upsert(model).values(row).on_conflict_do_nothing(index_elements=["name"]))
+    async def create(self, model_id: UUID, name: str, at: datetime) -> bool:
+        row = {"id": model_id, "name": name, "latest": 0, "champion": 0, "sequence": 0, "created_at": at, "updated_at": at}
+        made = upsert(model).values(row).on_conflict_do_nothing(index_elements=["name"], index_where=~model.c.deleted)
+        return (await self._conn.execute(made.returning(model.c.id))).first() is not None
+
+    async def named(self, name: str) -> bool:
+        return (await self._conn.execute(select(model.c.id).where(_named(name)))).first() is not None
 
     async def save(self, changed: Model) -> None:
         versions, approvals, aliases = self._loaded[changed.model_id]
@@ -90,7 +106,8 @@ class SqlModels:
         await self._audit.add(changed.audits)
         for request in changed.requested:
             await self._webhooks.add(request)
-        head = {"latest": changed.latest, "champion": changed.champion, "sequence": changed.sequence}
+        fields = ("name", "latest", "champion", "previous", "sequence", "description", "tags", "updated_at", "deleted")
+        head = {field: getattr(changed, field) for field in fields}
         await self._conn.execute(update(model).where(model.c.id == changed.model_id).values(head))
         self._loaded.pop(changed.model_id)
 
@@ -100,7 +117,7 @@ class SqlModels:
 
     async def journey(self, name: str, number: int) -> Journey | None:
         query = select(model_version).join(model, model.c.id == model_version.c.model_id)
-        row = (await self._conn.execute(query.where(model.c.name == name, model_version.c.number == number))).mappings().first()
+        row = (await self._conn.execute(query.where(_named(name), *_numbered(number)))).mappings().first()
         return None if row is None else _journey(row)
 
     async def approval(self, approval_id: UUID) -> Approval | None:
@@ -112,28 +129,28 @@ class SqlModels:
         if status:
             conditions.append(approval.c.status == status)
         if name:
-            conditions.append(model.c.name == name)
+            conditions.append(_named(name))
         return await self._approvals(*conditions)
 
     async def summaries(self) -> Sequence[ModelSummary]:
-        query = select(model).order_by(model.c.name)
+        query = select(model).where(~model.c.deleted).order_by(model.c.name)
         return [ModelSummary(row.id, row.name, row.latest, row.champion, row.created_at) for row in await self._conn.execute(query)]
 
     async def view(self, name: str, number: int, alias: str) -> VersionView | None:
-        found = (await self._conn.execute(select(model).where(model.c.name == name))).first()
+        found = (await self._conn.execute(select(model).where(_named(name)))).first()
         if found is None:
             return None
         aliases = await self._aliases(found.id)
         if not number:
             number = found.champion if alias == CHAMPION else aliases.get(alias, 0)
-        versions = await self._versions(model_version.c.model_id == found.id, model_version.c.number == number)
+        versions = await self._versions(model_version.c.model_id == found.id, *_numbered(number))
         return _view(found, versions[0], aliases) if versions else None
 
     async def views(self, name: str, below: int, limit: int) -> Sequence[VersionView] | None:
-        found = (await self._conn.execute(select(model).where(model.c.name == name))).first()
+        found = (await self._conn.execute(select(model).where(_named(name)))).first()
         if found is None:
             return None
-        conditions = [model_version.c.model_id == found.id]
+        conditions = [model_version.c.model_id == found.id, ~model_version.c.deleted]
         if below:
             conditions.append(model_version.c.number < below)
         aliases = await self._aliases(found.id)
@@ -179,6 +196,14 @@ class SqlModels:
             await self._conn.execute(insert(approval_vote).values(row))
 
 
+def _named(name: str) -> Any:
+    return (model.c.name == name) & ~model.c.deleted
+
+
+def _numbered(number: int) -> tuple[Any, Any]:
+    return model_version.c.number == number, ~model_version.c.deleted
+
+
 def _view(found: Any, version: Version, aliases: Mapping[str, int]) -> VersionView:
     own = sorted(alias for alias, number in aliases.items() if number == version.number)
     return VersionView(found.id, found.name, version, (CHAMPION, *own) if version.number == found.champion else tuple(own))
@@ -193,7 +218,13 @@ def _version(row: Mapping[Any, Any]) -> Version:
         number=row["number"],
         journey=_journey(row),
         deliverable=Deliverable(
-            row["model_name"], row["format"], row["blob_sha256"], row["blob_size"], row["blob_key"], bytes(row["deliverable"])
+            row["model_name"],
+            row["format"],
+            row["blob_sha256"],
+            row["blob_size"],
+            row["blob_key"],
+            bytes(row["deliverable"]),
+            row["logged_model"] if row["blob_sha256"] else "",
         ),
         evidence=Evidence(row["evaluation_id"], row["champion_version"], row["champion_sha256"], row["report_key"]),
         author=row["author"],
@@ -205,6 +236,11 @@ def _version(row: Mapping[Any, Any]) -> Version:
         rolling_out=row["rolling_out"],
         last_evaluation=row["last_evaluation"],
         judged_unfit=row["judged_unfit"],
+        origin=Origin(**{name: row[name] for name in _ORIGIN}),
+        description=row["description"],
+        tags=row["tags"],
+        updated_at=row["updated_at"],
+        deleted=row["deleted"],
     )
 
 
@@ -235,6 +271,11 @@ def _version_row(model_id: UUID, version: Version) -> dict[str, Any]:
         "provenance": dict(version.provenance),
         "traceparent": version.traceparent,
         "created_at": version.created_at,
+        **{name: getattr(version.origin, name) for name in _ORIGIN},
+        "description": version.description,
+        "tags": dict(version.tags),
+        "updated_at": version.updated_at or version.created_at,
+        "deleted": version.deleted,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -16,7 +17,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    UniqueConstraint,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, UUID
@@ -31,6 +31,14 @@ def _time(name: str, nullable: bool = False) -> Column[datetime]:
 
 def _text(name: str, primary_key: bool = False) -> Column[str]:
     return Column(name, Text, primary_key=primary_key, nullable=False)
+
+
+def _said(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False, server_default=text("''"))
+
+
+def _tags() -> Column[Any]:
+    return Column("tags", JSONB, nullable=False, server_default=text("'{}'"))
 
 
 def _number(name: str, primary_key: bool = False) -> Column[int]:
@@ -77,8 +85,13 @@ model = Table(
     _number("champion"),
     Column("sequence", BigInteger, nullable=False, comment="of the model's last event on headrace.models"),
     _time("created_at"),
-    UniqueConstraint("name", name="model_name"),
+    _said("description"),
+    _tags(),
+    _time("updated_at"),
+    Column("deleted", Boolean, nullable=False, server_default=text("false")),
+    Column("previous", BigInteger, nullable=False, server_default=text("0")),
 )
+Index("model_name", model.c.name, unique=True, postgresql_where=~model.c.deleted)
 
 model_alias = Table(
     "model_alias", METADATA, Column("model_id", UUID(as_uuid=True), primary_key=True), _text("alias", True), _number("version")
@@ -112,8 +125,27 @@ model_version = Table(
     _time("created_at"),
     Column("last_evaluation", Text, nullable=False, server_default=text("''")),
     Column("judged_unfit", Boolean, nullable=False, server_default=text("false")),
-    UniqueConstraint("model_id", "run_id", "blob_sha256", name="model_version_once"),
+    _said("source"),
+    _said("path"),
+    _said("logged_model"),
+    _said("storage"),
+    _said("run_link"),
+    _said("registered_by"),
+    _said("description"),
+    _tags(),
+    _time("updated_at"),
+    Column("deleted", Boolean, nullable=False, server_default=text("false")),
 )
+Index(
+    "model_version_once",
+    model_version.c.model_id,
+    model_version.c.run_id,
+    model_version.c.blob_sha256,
+    unique=True,
+    postgresql_where=model_version.c.blob_sha256 != "",
+)
+Index("model_version_run", model_version.c.run_id, postgresql_where=model_version.c.run_id != "")
+Index("model_version_logged", model_version.c.logged_model, postgresql_where=model_version.c.logged_model != "")
 
 approval = Table(
     "approval",

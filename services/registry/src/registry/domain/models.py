@@ -6,33 +6,20 @@ and rows for the audit log, which the unit of work stores in the same transactio
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from registry.domain.approvals import Approval, ApprovalStatus, Vote
 from registry.domain.audit import Audit
-from registry.domain.errors import Malformed, Missing, Refused
-from registry.domain.events import (
-    ModelApprovalRequested,
-    ModelArchived,
-    ModelEvent,
-    ModelPromoted,
-    ModelReevaluationRequested,
-    ModelRegistered,
-    VersionRef,
-)
-from registry.domain.versions import Judgement, Stage, Version
+from registry.domain.catalogued import CataloguedModel
+from registry.domain.errors import Missing, Refused
+from registry.domain.events import ModelApprovalRequested, ModelPromoted, ModelReevaluationRequested, ModelRegistered
+from registry.domain.held import MAX_REASON, By
+from registry.domain.names import CHAMPION
+from registry.domain.versions import Deliverable, Judgement, Origin, Stage, Version
 
-CHAMPION = "champion"
-"""The alias of the version in production; nobody sets it but a rollout that completed."""
-
-MAX_REASON = 2_000
-_ALIAS = re.compile(r"[A-Za-z][-_A-Za-z0-9]{0,62}")
-_RESERVED_ALIAS = re.compile(r"latest|v[0-9]+", re.IGNORECASE)
+__all__ = ["CHAMPION", "MAX_REASON", "By", "Model", "Policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,88 +34,61 @@ class Policy:
     obstacle: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class By:
-    """Who or which event does it, when and with which words of theirs."""
-
-    actor: str
-    at: datetime
-    reason: str = ""
-    person: bool = False
-    """A person's command begins a trace of its own, so what it causes is told in the trace of the version's journey instead."""
-
-
-class Model:
-    """One model under lock, with the versions and requests for approval that a change may concern."""
-
-    def __init__(
-        self,
-        model_id: UUID,
-        name: str,
-        created_at: datetime,
-        *,
-        latest: int = 0,
-        champion: int = 0,
-        sequence: int = 0,
-        aliases: Mapping[str, int] | None = None,
-        versions: Iterable[Version] = (),
-        approvals: Iterable[Approval] = (),
-    ) -> None:
-        self.model_id = model_id
-        self.name = name
-        self.created_at = created_at
-        self.latest = latest
-        self.champion = champion
-        self.sequence = sequence
-        self.aliases = dict(aliases or {})
-        self.versions = {version.number: version for version in versions}
-        self.approvals = {approval.approval_id: approval for approval in approvals}
-        self.events: list[tuple[int, ModelEvent, str]] = []
-        """Sequence, event and traceparent (empty: the current one) of everything that happened here."""
-        self.audits: list[Audit] = []
-        self.requested: list[Approval] = []
-        """Requests for approval made here: people are to be told."""
+class Model(CataloguedModel):
+    """A model under lock, and all that can happen to it."""
 
     # What evaluations say
 
     def passed(self, judgement: Judgement, policy: Policy, by: By, new_id: Callable[[], UUID], traceparent: str) -> Version:
-        """A candidate passed its evaluation: a new version in Staging, which goes on as far as the gates let it.
+        """A candidate passed its evaluation: a version in Staging, which goes on as far as the gates let it.
 
-        The same file of the same run is never a second version: a later evaluation renews its evidence. The same evaluation again changes
-        nothing.
+        The same file of the same run is never a second version: a later evaluation renews its evidence, and one that a client has
+        registered from this run, and that no evaluation has looked at, becomes the version of this evaluation. The same evaluation again
+        changes nothing; a version that was deleted stays so.
         """
         known = self._find(judgement.journey.run_id, judgement.candidate.sha256)
         if known is None:
-            version = self._register(judgement, by, traceparent)
+            awaited = self._awaited(judgement.journey.run_id, judgement.candidate)
+            if awaited is None:
+                version = self._register(judgement, by, traceparent)
+            else:
+                version = self._stand_on(awaited, judgement)
+                origin = replace(version.origin, logged_model=version.origin.logged_model or judgement.candidate.logged_model)
+                version = replace(
+                    version, origin=origin, deliverable=judgement.candidate, author=judgement.author, traceparent=traceparent,
+                    stage=Stage.STAGING, reason="passed its evaluation",
+                )  # fmt: skip
+                self._put(version, "version.evaluated", by)
         else:
             evaluation = judgement.evidence.evaluation_id
             if known.evidence == judgement.evidence or known.last_evaluation == evaluation:
                 return known
-            if known.stage is not Stage.STAGING or known.rolling_out:
-                state = "is rolling out" if known.rolling_out else f"stands in {known.stage}"
+            if known.deleted or known.stage is not Stage.STAGING or known.rolling_out:
+                state = "was deleted" if known.deleted else "is rolling out" if known.rolling_out else f"stands in {known.stage}"
                 self._audit(known, "version.evaluated", {}, {"evaluation": evaluation}, by, f"passed again, but {state}")
                 known = self.versions[known.number] = replace(known, last_evaluation=evaluation)
                 return known
-            version = replace(
-                known,
-                journey=judgement.journey,
-                evidence=judgement.evidence,
-                provenance=judgement.provenance,
-                last_evaluation="",
-                judged_unfit=False,
-            )
+            version = self._stand_on(known, judgement)
             self._withdraw(version.number, by, "evaluated again")
             self._put(version, "version.evaluated", by)
         return self._proceed(version, policy, by, new_id)
 
-    def failed(self, run_id: str, sha256: str, evaluation: str, why: str, by: By) -> None:
-        """A version that exists was evaluated again and did not pass, or could not be. A candidate that never passed is not known here.
+    def failed(self, run_id: str, candidate: Deliverable | None, evaluation: str, why: str, by: By) -> None:
+        """A version that exists was evaluated again and did not pass, or could not be. A candidate that never passed is not known here,
+        unless a client registered it: then it says why it stays where it is.
 
-        `sha256` empty: every version of the run; `evaluation` empty: none was made. Wherever it stands, the version goes through the
+        No candidate: every version of the run; `evaluation` empty: none was made. Wherever it stands, the version goes through the
         gates no more on what it passed before: it is evaluated again first.
         """
         for version in list(self.versions.values()):
-            if version.journey.run_id != run_id or (sha256 and version.deliverable.sha256 != sha256):
+            if version.deleted:
+                continue
+            if not version.evaluated:
+                concerned = version.is_of(run_id, candidate) if candidate else version.journey.run_id == run_id
+                if concerned and version.stage is not Stage.ARCHIVED:
+                    self._put(replace(version, reason=why), "version.evaluated", by, evaluation=evaluation)
+                continue
+            if version.journey.run_id != run_id or (candidate and version.deliverable.sha256 != candidate.sha256):
                 continue
             judged = replace(version, last_evaluation=evaluation or version.last_evaluation, judged_unfit=True)
             if version.stage is Stage.STAGING and not version.rolling_out:
@@ -141,9 +101,12 @@ class Model:
     def promote(self, number: int, policy: Policy, by: By, new_id: Callable[[], UUID], override: bool = False) -> Version:
         """Puts a version on its way to production through the same gates as a passed evaluation; `override` passes them by.
 
-        Raises Refused when it is there already, on its way, or was rejected.
+        Raises Refused when it is there already, was rejected, or has passed no evaluation: without one there is no file that could be
+        served, so that nothing overrides it.
         """
         version = self.version(number)
+        if not version.evaluated:
+            raise Refused(f"version {number} of {self.name} cannot be promoted: {policy.obstacle or self._missing_evidence(version)}")
         if version.rolling_out:
             return version
         if number == self.champion:
@@ -181,11 +144,15 @@ class Model:
             self._put(replace(version, reason=_waits(missing)), "version.reason", by)
         return self.approvals[approval_id]
 
-    def set_stage(self, number: int, stage: Stage, by: By) -> Version:
-        """Moves a version by hand between Development, Staging and Archived. Repeatable.
+    def set_stage(self, number: int, stage: Stage, by: By, *, archive_others: bool = False) -> Version:
+        """Moves a version by hand between Development, Staging and Archived; with `archive_others` those that stand there go to Archived,
+        all that were loaded. Repeatable.
 
         Raises Refused for the champion and for a version that is rolling out.
         """
+        if archive_others:
+            for other in [one for one in self.versions.values() if one.number != number and one.stage is stage and not one.deleted]:
+                self.set_stage(other.number, Stage.ARCHIVED, replace(by, reason=f"version {number} was moved to {stage} in its place"))
         version = self.version(number)
         if stage is Stage.PRODUCTION:
             raise Refused("Production is reached by promotion")
@@ -198,26 +165,6 @@ class Model:
         self._withdraw(number, by, f"moved to {stage}")
         why = by.reason or f"moved to {stage} by {by.actor}"
         return self._move(version, stage, why, by)
-
-    def set_alias(self, alias: str, number: int, by: By) -> Version:
-        """Points an alias at a version. Repeatable. Raises Malformed for a name that cannot be, Refused for `champion`."""
-        if alias == CHAMPION:
-            raise Refused("champion is set by promotion")
-        if not _ALIAS.fullmatch(alias) or _RESERVED_ALIAS.fullmatch(alias):
-            raise Malformed("an alias has 1 to 63 letters, digits, - and _, begins with a letter, and is not latest or like v3")
-        version = self.version(number)
-        before = self.aliases.get(alias, 0)
-        if before != number:
-            self.aliases[alias] = number
-            self._audit(None, "alias.set", {"version": before}, {"version": number}, by, alias=alias)
-        return version
-
-    def delete_alias(self, alias: str, by: By) -> None:
-        """Takes an alias away. Repeatable. Raises Refused for `champion`."""
-        if alias == CHAMPION:
-            raise Refused("champion goes with the version in production")
-        if alias in self.aliases:
-            self._audit(None, "alias.delete", {"version": self.aliases.pop(alias)}, {}, by, alias=alias)
 
     def delivery_changed(self, delivery: str, why: str, by: By) -> None:
         """Withdraws the pending requests of a delivery that was deleted."""
@@ -240,6 +187,7 @@ class Model:
         if number == self.champion:
             return
         self._dethrone(f"replaced by version {number}", by)
+        self.previous = self.champion
         self._crown(version, how, by)
         self._champion_changed(by)
 
@@ -273,7 +221,10 @@ class Model:
         if self.champion != number:
             raise Refused(f"version {number} of {self.name} is not the champion: its rollout cannot be reverted")
         successor = self.version(to)
+        if not successor.evaluated:
+            raise Refused(f"version {to} of {self.name} has no file that could have been served")
         self._dethrone(f"reverted to version {to}: {why}" if why else f"reverted to version {to}", by)
+        self.previous = 0
         self._crown(successor, f"back in production: the rollout of version {number} was reverted", by)
         self._champion_changed(by)
 
@@ -371,18 +322,6 @@ class Model:
 
     # The pieces
 
-    def version(self, number: int) -> Version:
-        """A version that was loaded. Raises Missing."""
-        try:
-            return self.versions[number]
-        except KeyError:
-            raise Missing(f"{self.name} has no version {number}") from None
-
-    def aliases_of(self, number: int) -> tuple[str, ...]:
-        """All aliases of a version, `champion` first."""
-        own = sorted(alias for alias, version in self.aliases.items() if version == number)
-        return (CHAMPION, *own) if number == self.champion else tuple(own)
-
     def _register(self, judgement: Judgement, by: By, traceparent: str) -> Version:
         self.latest += 1
         version = Version(
@@ -395,65 +334,39 @@ class Model:
             created_at=by.at,
             traceparent=traceparent,
             reason="registered",
+            origin=_origin(judgement),
         )
         self._put(version, "version.register", by)
         self._emit(ModelRegistered(self._ref(version), version.journey, version.deliverable, version.evidence.evaluation_id), version, by)
         return version
 
-    def _crown(self, version: Version, why: str, by: By) -> None:
-        before = self.champion
-        self.champion = version.number
-        self._audit(None, "alias.set", {"version": before}, {"version": self.champion}, by, alias=CHAMPION)
-        self._put(replace(version, stage=Stage.PRODUCTION, rolling_out=False, reason=why[:MAX_REASON]), "version.stage", by)
+    def _stand_on(self, version: Version, judgement: Judgement) -> Version:
+        return replace(
+            version,
+            journey=judgement.journey,
+            evidence=judgement.evidence,
+            provenance=judgement.provenance,
+            last_evaluation="",
+            judged_unfit=False,
+        )
 
-    def _dethrone(self, why: str, by: By) -> None:
-        if self.champion:
-            self._move(self.version(self.champion), Stage.ARCHIVED, why, by)
+    def _awaited(self, run_id: str, candidate: Deliverable) -> Version | None:
+        """The newest version that a client registered of this model of this run, and that stands where an evaluation is awaited."""
+        waiting = (Stage.DEVELOPMENT, Stage.STAGING)
+        found = [one for one in self.versions.values() if one.is_of(run_id, candidate) and one.stage in waiting]
+        return max((one for one in found if not one.evaluated and not one.deleted), key=lambda one: one.number, default=None)
 
-    def _move(self, version: Version, stage: Stage, why: str, by: By) -> Version:
-        entered = stage is Stage.ARCHIVED and self.version(version.number).stage is not Stage.ARCHIVED
-        moved = self._put(replace(version, stage=stage, reason=why[:MAX_REASON]), "version.stage", by)
-        if entered:
-            self._emit(ModelArchived(self._ref(moved), moved.journey, moved.reason), moved, by)
-        return moved
-
-    def _put(self, version: Version, action: str, by: By, **more: object) -> Version:
-        """Holds the changed version and writes one row of the audit log, or nothing when nothing changed."""
-        before = self.versions.get(version.number)
-        if before != version:
-            self.versions[version.number] = version
-            self._audit(version, action, _shown(before), _shown(version) | more, by)
-        elif more.get("override"):
-            self._audit(version, action, _shown(before), _shown(version) | more, by)
-        return version
-
-    def _audit(
-        self,
-        version: Version | None,
-        action: str,
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
-        by: By,
-        why: str = "",
-        alias: str = "",
-    ) -> None:
-        target = f"model/{self.name}" + (f"/{version.number}" if version else "") + (f"@{alias}" if alias else "")
-        self.audits.append(Audit(by.at, by.actor, action, target, before, after, why or by.reason or (version.reason if version else "")))
-
-    def _emit(self, event: ModelEvent, version: Version, by: By) -> None:
-        self.sequence += 1
-        self.events.append((self.sequence, event, version.traceparent if by.person else ""))
-
-    def _ref(self, version: Version) -> VersionRef:
-        return VersionRef(self.model_id, self.name, version.number)
+    def _missing_evidence(self, version: Version) -> str:
+        run_id = version.journey.run_id
+        judged = [one.number for one in self.versions.values() if one.evaluated and one.journey.run_id == run_id and not one.deleted]
+        if run_id and judged:
+            return f"what its run was evaluated for is version {judged[0]}"
+        said = "" if version.reason in ("registered", "") else f" ({version.reason})"
+        return f"it has passed no evaluation{said}"
 
     def _find(self, run_id: str, sha256: str) -> Version | None:
         same = (v for v in self.versions.values() if v.journey.run_id == run_id and v.deliverable.sha256 == sha256)
         return next(same, None)
-
-    def _pending(self) -> list[Approval]:
-        pending = [approval for approval in self.approvals.values() if approval.status is ApprovalStatus.PENDING]
-        return sorted(pending, key=lambda approval: approval.version, reverse=True)
 
     def _decided(self, version: Version, status: ApprovalStatus) -> Approval | None:
         """The request for exactly this version, evaluation and revision that ended so."""
@@ -464,35 +377,6 @@ class Model:
                 return approval
         return None
 
-    def _withdraw(self, number: int, by: By, why: str) -> None:
-        for approval in self._pending():
-            if approval.version == number:
-                self._decide(approval, approval.withdraw(), "approval.withdraw", replace(by, reason=why))
-
-    def _decide(self, before: Approval, after: Approval, action: str, by: By) -> None:
-        self.approvals[after.approval_id] = after
-        self.audits.append(Audit(by.at, by.actor, action, f"approval/{after.approval_id}", _votes(before), _votes(after), by.reason))
-
-
-def _shown(version: Version | None) -> dict[str, Any]:
-    if version is None:
-        return {}
-    return {
-        "stage": str(version.stage),
-        "reason": version.reason,
-        "rolling_out": version.rolling_out,
-        "evaluation": version.evidence.evaluation_id,
-        "run": version.journey.run_id,
-        "sha256": version.deliverable.sha256,
-    }
-
-
-def _votes(approval: Approval) -> dict[str, Any]:
-    return {
-        "status": str(approval.status),
-        "votes": [{"subject": v.subject, "approve": v.approve, "comment": v.comment} for v in approval.votes],
-    }
-
 
 def _waits(missing: int) -> str:
     return f"waits for {missing} approval{'s' if missing != 1 else ''}"
@@ -500,3 +384,10 @@ def _waits(missing: int) -> str:
 
 def _named(champion: int) -> str:
     return f"version {champion}" if champion else "no champion"
+
+
+def _origin(judgement: Judgement) -> Origin:
+    """A version that came by its evaluation, in the words of those who register by hand."""
+    candidate, run_id = judgement.candidate, judgement.journey.run_id
+    source = f"models:/{candidate.logged_model}" if candidate.logged_model else f"runs:/{run_id}/{candidate.name}"
+    return Origin(source=source, path=candidate.name, logged_model=candidate.logged_model, storage=source)

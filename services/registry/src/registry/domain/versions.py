@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -38,6 +38,12 @@ class Deliverable:
     size_bytes: int
     key: str
     encoded: bytes
+    logged_model: str = ""
+    """MLflow's id of it, `m-..`, when it was logged as one."""
+
+
+NO_DELIVERABLE = Deliverable("", "", "", 0, "", b"")
+"""Of a version that a client registered and no evaluation has looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,25 @@ class Evidence:
     champion_version: int
     champion_sha256: str
     report_key: str
+
+
+NO_EVIDENCE = Evidence("", 0, "", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a version was registered from, in names that are never followed here.
+
+    `path`: of the model within its run. `storage`: what clients are told to download. `registered_by` is empty for a version that came
+    by its evaluation and that no client has registered.
+    """
+
+    source: str = ""
+    path: str = ""
+    logged_model: str = ""
+    storage: str = ""
+    run_link: str = ""
+    registered_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +89,8 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version. Number, run, file and author never change; stage, reason and evidence do, each change with a row in the audit log.
+    """A version. Its number never changes, nor do run, file and author once an evaluation has passed; stage, reason and evidence do, each
+    change with a row in the audit log.
 
     `rolling_out`: promoted, and the deployer has not said how it ended. `traceparent` is the trace of the run's way to here.
     `last_evaluation` is the newest evaluation when that is not the one it stands on (empty: it is). `judged_unfit`: the newest one did not
@@ -84,3 +110,31 @@ class Version:
     rolling_out: bool = False
     last_evaluation: str = ""
     judged_unfit: bool = False
+    origin: Origin = Origin()
+    description: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    updated_at: datetime | None = None
+    """None: not since it was made."""
+    deleted: bool = False
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether an evaluation of it has ever passed."""
+        return bool(self.evidence.evaluation_id)
+
+    def is_of(self, run_id: str, deliverable: Deliverable) -> bool:
+        """Whether what a client registered here is this model of this run: the run agrees, or none was named, and so does the logged
+        model or, where one side names none, the path within the run."""
+        return _agree(self.journey.run_id, self.origin, run_id, deliverable)
+
+    def is_from(self, run_id: str, origin: Origin) -> bool:
+        """Whether this version, made by an evaluation, is what a client registers by these names."""
+        return _agree(run_id, origin, self.journey.run_id, self.deliverable)
+
+
+def _agree(named_run: str, named: Origin, run_id: str, deliverable: Deliverable) -> bool:
+    if named_run and named_run != run_id:
+        return False
+    if named.logged_model and deliverable.logged_model:
+        return named.logged_model == deliverable.logged_model
+    return bool(named_run and named.path) and named.path == deliverable.name

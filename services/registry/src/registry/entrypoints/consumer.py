@@ -54,13 +54,19 @@ class EventHandlers:
         message = evaluator_pb.EvalFailed.FromString(event.payload)
         said, why = message.judgement, f"evaluated again and failed: {message.reason}"
         await self._versions.failed(
-            self._session(conn), said.model, said.journey.run_id, said.candidate.blob.sha256, said.evaluation_id, why, self._by(event)
+            self._session(conn),
+            said.model,
+            said.journey.run_id,
+            translate.deliverable(said.candidate) if said.candidate.blob.sha256 else None,
+            said.evaluation_id,
+            why,
+            self._by(event),
         )
 
     async def skipped(self, conn: AsyncConnection, event: Received) -> None:
         message = evaluator_pb.EvalSkipped.FromString(event.payload)
         why = f"not evaluated again: {message.reason}"
-        await self._versions.failed(self._session(conn), message.model, message.journey.run_id, "", "", why, self._by(event))
+        await self._versions.failed(self._session(conn), message.model, message.journey.run_id, None, "", why, self._by(event))
 
     async def canary(self, conn: AsyncConnection, event: Received) -> None:
         message = deployer_pb.DeployCanary.FromString(event.payload)

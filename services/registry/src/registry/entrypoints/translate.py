@@ -144,18 +144,22 @@ def judgement(message: evaluator_pb.Judgement) -> Judgement:
     ]
     if missing:
         raise Invalid(f"the judgement does not say {', '.join(missing)}")
-    blob = message.candidate.blob
-    candidate = Deliverable(
-        message.candidate.name, message.candidate.format, blob.sha256, blob.size_bytes, blob.key, message.candidate.SerializeToString()
-    )
     evidence = Evidence(message.evaluation_id, message.champion_version, message.champion_sha256, message.report_html.key)
     return Judgement(
         model=message.model,
         journey=_journey_of(message.journey),
-        candidate=candidate,
+        candidate=deliverable(message.candidate),
         evidence=evidence,
         author=message.author,
         provenance=_provenance(message),
+    )
+
+
+def deliverable(message: model_pb2.DeliverableModel) -> Deliverable:
+    """A model that can be delivered, as the evaluator sent it."""
+    blob = message.blob
+    return Deliverable(
+        message.name, message.format, blob.sha256, blob.size_bytes, blob.key, message.SerializeToString(), message.logged_model_id
     )
 
 

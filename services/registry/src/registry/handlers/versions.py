@@ -11,13 +11,14 @@ from uuid import UUID
 
 from servicekit.access import Caller
 from servicekit.clock import Clock, Ids
-from servicekit.errors import Forbidden, Invalid, NotFound, Violation
+from servicekit.errors import Conflict, Forbidden, Invalid, NotFound, Violation
 from servicekit.paging import page_size
 
 from registry.domain.approvals import Approval, Vote
+from registry.domain.deliveries import Claim
 from registry.domain.errors import Malformed
 from registry.domain.models import CHAMPION, MAX_REASON, By, Model, Policy
-from registry.domain.versions import Journey, Judgement, Stage
+from registry.domain.versions import Deliverable, Journey, Judgement, Stage
 from registry.handlers.telling import told
 from registry.ports import ModelSummary, Session, Store, VersionView
 
@@ -33,16 +34,19 @@ class VersionEvents:
         with told():
             policy = await _policy(session, judgement.journey, judgement.model)
             await session.models.create(self._ids.uuid7(), judgement.model, by.at)
-            model = await _model(session, judgement.model, run_id=judgement.journey.run_id)
+            run_id, logged_model = judgement.journey.run_id, judgement.candidate.logged_model
+            model = await _model(session, judgement.model, run_id=run_id, logged_model=logged_model)
             model.passed(judgement, policy, by, self._ids.uuid7, traceparent)
             await session.models.save(model)
 
-    async def failed(self, session: Session, model_name: str, run_id: str, sha256: str, evaluation: str, why: str, by: By) -> None:
-        """eval.failed or eval.skipped: matters only to a version that exists and was evaluated again."""
+    async def failed(
+        self, session: Session, model_name: str, run_id: str, candidate: Deliverable | None, evaluation: str, why: str, by: By
+    ) -> None:
+        """eval.failed or eval.skipped (no candidate): matters only to versions that exist."""
         with told():
-            model = await session.models.lock(model_name, run_id=run_id)
+            model = await session.models.lock(model_name, run_id=run_id, logged_model=candidate.logged_model if candidate else "")
             if model is not None:
-                model.failed(run_id, sha256, evaluation, why[:MAX_REASON], by)
+                model.failed(run_id, candidate, evaluation, why[:MAX_REASON], by)
                 await session.models.save(model)
 
     async def progressed(self, session: Session, model_id: UUID, version: int, how: str, by: By) -> None:
@@ -111,8 +115,13 @@ class Versions:
                 await session.models.save(model)
                 return _view(model, number)
 
-    async def set_stage(self, caller: Caller, name: str, number: int, stage: str, reason: str = "") -> VersionView:
-        """Moves a version to a stage; to Production it is `promote`. Repeatable."""
+    async def set_stage(
+        self, caller: Caller, name: str, number: int, stage: str, reason: str = "", *, archive_others: bool = False
+    ) -> VersionView:
+        """Moves a version to a stage; to Production it is `promote`. Repeatable.
+
+        `archive_others` sends those that stand there to Archived, which a promotion does by itself once its rollout has completed.
+        """
         if stage not in list(Stage):
             raise Invalid("not a stage", [Violation("stage", f"must be one of {', '.join(Stage)}")])
         if stage == Stage.PRODUCTION:
@@ -120,8 +129,8 @@ class Versions:
         by = self._by(caller, reason)
         with told():
             async with self._store.transaction() as session:
-                model = await _model(session, name, number)
-                model.set_stage(number, Stage(stage), by)
+                model = await _model(session, name, number, stage=stage if archive_others else "")
+                model.set_stage(number, Stage(stage), by, archive_others=archive_others)
                 await session.models.save(model)
                 return _view(model, number)
 
@@ -198,29 +207,47 @@ class Versions:
         journey = await session.models.journey(name, number)
         if journey is None:
             raise NotFound(f"there is no version {number} of {name}")
-        policy = await _policy(session, journey, name)
-        model = await _model(session, name, number)
+        if journey.delivery:
+            policy = await _policy(session, journey, name, promoting=True)
+        else:
+            policy = Policy("", 0, await _untravelled(session, journey, name))
+        model = await _model(session, name, number, run_id=journey.run_id)
+        if model.version(number).journey != journey:
+            raise Conflict(f"version {number} of {name} has been evaluated this moment: try again")
         return policy, model
 
 
-async def _model(session: Session, model: str | UUID, *versions: int, run_id: str = "") -> Model:
-    found = await session.models.lock(model, versions=versions, run_id=run_id)
+async def _model(session: Session, model: str | UUID, *versions: int, run_id: str = "", logged_model: str = "", stage: str = "") -> Model:
+    found = await session.models.lock(model, versions=versions, run_id=run_id, logged_model=logged_model, stage=stage)
     if found is None:
         raise NotFound(f"there is no model {model}")
     return found
 
 
-async def _policy(session: Session, journey: Journey, model: str) -> Policy:
-    """What the delivery asks at the revision the journey began with; the delivery stays as it is until the transaction ends."""
+async def _untravelled(session: Session, journey: Journey, model: str) -> str:
+    """What a version without a journey lacks before all else; empty when only its evaluation has not passed."""
+    claim = Claim("model", model)
+    if claim not in await session.deliveries.holders([claim], other_than=""):
+        return f"no delivery brings {model} to production: apply one that names it under promote.model"
+    return "" if journey.run_id else "it names no run whose evaluation could have passed"
+
+
+async def _policy(session: Session, journey: Journey, model: str, promoting: bool = False) -> Policy:
+    """What the delivery asks at the revision the journey began with; the delivery stays as it is until the transaction ends.
+
+    A model that has another name now is no delivery's: an obstacle when `promoting`, else the journey was never one of it.
+    """
     current = await session.deliveries.current(journey.delivery, lock="share")
     revision = await session.deliveries.revision(journey.delivery, journey.delivery_revision)
     if current is None or revision is None:
         raise Malformed(f"there is no delivery {journey.delivery!r} with revision {journey.delivery_revision}")
-    if revision.model != model:
+    if revision.model != model and not promoting:
         raise Malformed(f"revision {revision.revision} of {revision.name} delivers {revision.model}, not {model}")
     obstacle = ""
     if current.deleted:
         obstacle = f"the delivery {current.name} was deleted"
+    elif revision.model != model:
+        obstacle = f"the delivery {current.name} brings {revision.model} to production, not {model}"
     elif (current.model, current.endpoint) != (revision.model, revision.endpoint):
         obstacle = f"the delivery {current.name} no longer brings {revision.model} to {revision.endpoint or 'no endpoint'}"
     return Policy(revision.endpoint, revision.approvals, obstacle)
