@@ -91,9 +91,14 @@ def _run_id(references: bool = True) -> Column[str]:
     return Column("run_id", Text, *([ForeignKey(run.c.run_id)] if references else []), primary_key=True)
 
 
-param = Table("param", METADATA, _run_id(), Column("key", Text, primary_key=True), _text("value"))
+# What is searched by its value knows experiment and start of its run, which never change, and is indexed in the order of the answers.
+param = Table(
+    "param", METADATA, _run_id(), Column("key", Text, primary_key=True), _text("value"), _bigint("experiment_id"), _bigint("started_ms")
+)
 
-tag = Table("tag", METADATA, _run_id(), Column("key", Text, primary_key=True), _text("value"))
+tag = Table(
+    "tag", METADATA, _run_id(), Column("key", Text, primary_key=True), _text("value"), _bigint("experiment_id"), _bigint("started_ms")
+)
 
 metric_point = Table(
     "metric_point",
@@ -113,7 +118,12 @@ metric_latest = Table(
     _bigint("step"),
     _bigint("timestamp_ms"),
     Column("value", Double, nullable=False),
+    _bigint("experiment_id"),
+    _bigint("started_ms"),
 )
+
+# Metrics, params and tags of a run that has ended, each as the JSON array that searches answer: `adapters.logged` keeps it true.
+run_logged = Table("run_logged", METADATA, _run_id(), _text("metrics"), _text("params"), _text("tags"))
 
 upload = Table(
     "upload",
