@@ -23,7 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from tracker import bootstrap
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
+from tracker.amendments import Amendments
 from tracker.entrypoints.translate import EventEncoder
+from tracker.experiments import Experiments
 from tracker.handlers import Tracker
 from tracker.settings import TrackerSettings
 
@@ -34,7 +36,9 @@ SECRET = "a secret of the tests"
 class Stored:
     """The use cases on a real database, without Kafka or an object store."""
 
+    experiments: Experiments
     tracker: Tracker
+    amendments: Amendments
     store: SqlStore
     engine: AsyncEngine
 
@@ -53,7 +57,8 @@ async def stored(database: Any) -> AsyncIterator[Stored]:
     engine = db.create_engine(database.sqlalchemy)
     clock, ids = SystemClock(), SystemIds()
     store = SqlStore(engine, Outbox(eventing_schema.tables(SCHEMA)), EventEncoder(clock, ids))
-    yield Stored(Tracker(store, clock, ids, token_secret=SECRET, token_ttl=timedelta(hours=1)), store, engine)
+    tracker = Tracker(store, clock, ids, token_secret=SECRET, token_ttl=timedelta(hours=1))
+    yield Stored(Experiments(store, clock), tracker, Amendments(store, clock), store, engine)
     await engine.dispose()
 
 

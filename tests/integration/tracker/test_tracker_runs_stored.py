@@ -16,7 +16,7 @@ from servicekit.errors import AlreadyExists, Conflict, Forbidden, Invalid, NotFo
 from tracker.domain.artifact import Dataset
 from tracker.domain.model import BlobRef, DeliverableModel, Signature, TensorSpec
 from tracker.domain.run import DatasetRef, Metric, RunSource, Status
-from tracker.handlers import LEASE_EXPIRED, NewRun
+from tracker.handlers import LEASE_EXPIRED, NewRun, end_run
 
 SECRET = "a secret of the tests"
 VIEWER = Caller("gateway", "vic", frozenset({"viewer"}))
@@ -29,21 +29,21 @@ def token_caller(token: str) -> Caller:
 
 
 async def test_there_is_a_default_experiment_and_names_are_unique(stored: Any, editor: Caller) -> None:
-    tracker = stored.tracker
-    assert (await tracker.get_experiment(editor, 0, "")).name == "Default"
-    made = await tracker.create_experiment(editor, "flights", "r1")
+    experiments = stored.experiments
+    assert (await experiments.get(editor, 0, "")).name == "Default"
+    made = await experiments.create(editor, "flights", "r1")
     assert made.id > 0
-    assert await tracker.create_experiment(editor, "flights", "r1") == made
+    assert await experiments.create(editor, "flights", "r1") == made
     with pytest.raises(AlreadyExists):
-        await tracker.create_experiment(editor, "flights", "r2")
+        await experiments.create(editor, "flights", "r2")
     with pytest.raises(AlreadyExists):  # somebody else's request of the same id is not this one
-        await tracker.create_experiment(Caller("gateway", "bob", frozenset({"editor"})), "flights", "r1")
+        await experiments.create(Caller("gateway", "bob", frozenset({"editor"})), "flights", "r1")
     with pytest.raises(Forbidden):
-        await tracker.create_experiment(VIEWER, "mine", "")
+        await experiments.create(VIEWER, "mine", "")
     with pytest.raises(NotFound):
-        await tracker.get_experiment(editor, 99, "")
-    assert await tracker.get_experiment(editor, 0, "flights") == made
-    assert [one.name for one in await tracker.list_experiments(VIEWER, -1, 0)] == ["Default", "flights"]
+        await experiments.get(editor, 99, "")
+    assert await experiments.get(editor, 0, "flights") == made
+    assert [one.name for one in await experiments.page(VIEWER, -1, 0)] == ["Default", "flights"]
 
 
 async def test_a_request_id_answers_the_run_made_before_also_when_asked_twice_at_once(stored: Any, trainer: Caller) -> None:
@@ -198,7 +198,7 @@ async def test_an_end_that_is_undone_leaves_no_event(stored: Any, editor: Caller
     async def end_and_break() -> None:
         async with stored.store.transaction() as work:
             run = await work.runs.lock(view.run.run_id)
-            await stored.tracker._end(work, run, Status.FINISHED, 1, "")
+            await end_run(work, run, Status.FINISHED, 1, "")
             raise RuntimeError("undone")
 
     with pytest.raises(RuntimeError, match="undone"):

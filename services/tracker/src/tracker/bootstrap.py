@@ -21,11 +21,13 @@ from servicekit.settings import parse_token_hashes
 
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
+from tracker.amendments import Amendments
 from tracker.deliverables import Deliverables
 from tracker.entrypoints.grpc import ACCESS, SERVICE, TrackerServicer
 from tracker.entrypoints.leases import LeaseWatch
 from tracker.entrypoints.mlflow.api import MlflowApi
 from tracker.entrypoints.translate import EventEncoder
+from tracker.experiments import Experiments
 from tracker.handlers import Tracker
 from tracker.settings import TrackerSettings
 
@@ -41,6 +43,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     store = SqlStore(engine, outbox, EventEncoder(clock, ids))
     objects = S3Store(settings.s3)
     scratch = Scratch(settings.state_dir)
+    experiments = Experiments(store, clock)
     tracker = Tracker(
         store,
         clock,
@@ -50,8 +53,8 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     )
     deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s, work_dir=scratch.path)
     server = Server(settings.grpc_address, settings, ACCESS)
-    server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(tracker, deliverables), SERVICE)
-    api = MlflowApi(tracker, parse_token_hashes(settings.service_token_hashes))
+    server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(experiments, tracker, deliverables), SERVICE)
+    api = MlflowApi(experiments, tracker, Amendments(store, clock), parse_token_hashes(settings.service_token_hashes))
     return [
         Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
         scratch,

@@ -1,6 +1,7 @@
-"""The tracker's use cases for experiments, runs and data sets. Each is one transaction; none knows SQL, protobuf or Kafka.
+"""The tracker's use cases for runs and data sets. Each is one transaction; none knows SQL, protobuf or Kafka.
 
-Uploads and models, which talk to the artifact store as well, are in `deliverables`.
+Experiments are in `experiments`, what MLflow's API changes of runs in `amendments`, and uploads and models, which talk to the artifact
+store as well, in `deliverables`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from datetime import datetime, timedelta
 from servicekit import runtoken
 from servicekit.access import EVERY_ROLE, GATEWAY, Caller, require_role
 from servicekit.clock import Clock, Ids
-from servicekit.errors import AlreadyExists, Conflict, Forbidden, Invalid, NotFound, Violation
+from servicekit.errors import Conflict, Forbidden, Invalid, NotFound, Violation
 from servicekit.paging import page_size
 
 from tracker.domain import run as rules
 from tracker.domain.artifact import Dataset
 from tracker.domain.errors import NotAllowed, Problem, Refused, Rejected
+from tracker.domain.record import ModelMetric, check_models
 from tracker.domain.run import ENDED, DatasetRef, Experiment, Facts, Metric, Run, RunSource, RunStarted, Status
+from tracker.domain.tags import RUN_NAME, mean_something, told_by
 from tracker.ports import RequestKey, Store, UnitOfWork
 
 WRITERS = ("editor", "admin")
@@ -38,7 +41,10 @@ class RunView:
 
 @dataclass(frozen=True, slots=True)
 class NewRun:
-    """The command to start a run. Times in milliseconds, 0: now; `lease_seconds` 0: no lease; `user` counts only from a service."""
+    """The command to start a run. Times in milliseconds, 0: now; `lease_seconds` 0: no lease; `user` counts only from a service.
+
+    `name_as_tag`: the name, given or made here, is kept as a tag too, where MLflow's clients look for it.
+    """
 
     experiment_id: int
     name: str = ""
@@ -50,6 +56,7 @@ class NewRun:
     fencing_token: int = 0
     request_id: str = ""
     parent_run_id: str = ""
+    name_as_tag: bool = False
 
 
 @contextmanager
@@ -89,6 +96,34 @@ def found_run(run: Run | None, run_id: str) -> Run:
     return run
 
 
+def request_key(caller: Caller, request_id: str) -> RequestKey | None:
+    """Raises Invalid for an id that cannot be kept; None for ""."""
+    with told():
+        if wrong := rules.check_text(request_id, rules.MAX_NAME):
+            raise Rejected([Problem("request_id", wrong)])
+    return RequestKey(caller.name, request_id) if request_id else None
+
+
+def found_experiment(experiment: Experiment | None, experiment_id: int) -> Experiment:
+    if experiment is None:
+        raise NotFound(f"there is no experiment {experiment_id}")
+    return experiment
+
+
+async def end_run(work: UnitOfWork, run: Run, status: Status, finished_ms: int, reason: str) -> Run:
+    """Ends a run that is held and emits run.finished or run.failed: once for each end. An end that it has already changes nothing."""
+    with told():
+        ended = run.finish(status, finished_ms, reason)
+    if ended is run:
+        return run
+    await work.runs.save(ended)
+    # Not held: whoever deletes the experiment holds it, and then its runs.
+    experiment = found_experiment(await work.experiments.get(run.experiment_id), run.experiment_id)
+    facts = (await work.runs.facts([run.run_id]))[run.run_id] if status is Status.FINISHED else Facts()
+    await work.emit(rules.ending(ended, experiment.name, facts))
+    return ended
+
+
 def no_training_on(asked: Dataset, holdout: Dataset) -> str:
     """Why a run does not get the version that it asked for: a holdout has its content."""
     same = (asked.name, asked.version) == (holdout.name, holdout.version)
@@ -97,7 +132,7 @@ def no_training_on(asked: Dataset, holdout: Dataset) -> str:
 
 
 class Tracker:
-    """Experiments, runs, metrics and data sets."""
+    """Runs, metrics and data sets."""
 
     def __init__(self, store: Store, clock: Clock, ids: Ids, *, token_secret: str, token_ttl: timedelta) -> None:
         self._store = store
@@ -105,33 +140,6 @@ class Tracker:
         self._ids = ids
         self._token_secret = token_secret
         self._token_ttl = token_ttl
-
-    async def create_experiment(self, caller: Caller, name: str, request_id: str) -> Experiment:
-        """Raises AlreadyExists when another request made one of this name."""
-        require_role(caller, *WRITERS)
-        with told():
-            if problems := rules.check_name("name", name):
-                raise Rejected(problems)
-        request = self._request(caller, request_id)
-        async with self._store.transaction() as work:
-            if made := await work.experiments.add(name, self._now_ms(), request):
-                return made
-            if request is not None and (before := await work.experiments.by_request(request)):
-                return before
-        raise AlreadyExists(f"there is an experiment named {name!r} already")
-
-    async def get_experiment(self, caller: Caller, experiment_id: int, name: str) -> Experiment:
-        may_read(caller)
-        async with self._store.transaction() as work:
-            experiment = await (work.experiments.by_name(name) if name else work.experiments.get(experiment_id))
-        if experiment is None:
-            raise NotFound(f"there is no experiment {name!r}" if name else f"there is no experiment {experiment_id}")
-        return experiment
-
-    async def list_experiments(self, caller: Caller, after_id: int, limit: int) -> Sequence[Experiment]:
-        may_read(caller)
-        async with self._store.transaction() as work:
-            return await work.experiments.page(after_id, page_size(limit))
 
     async def create_run(self, caller: Caller, command: NewRun) -> tuple[RunView, str]:
         """Starts a run and answers it with its token.
@@ -141,7 +149,7 @@ class Tracker:
         """
         require_role(caller, *WRITERS)
         command = self._checked(caller, command)
-        request = self._request(caller, command.request_id)
+        request = request_key(caller, command.request_id)
         run_id = self._ids.hex32()
         run = Run(
             run_id=run_id,
@@ -159,14 +167,15 @@ class Tracker:
             fencing_token=command.fencing_token,
             event_sequence=1,
         )
+        run = told_by(run, command.tags)
         async with self._store.transaction() as work:
-            experiment = await self._experiment(work, command.experiment_id)
-            if experiment.lifecycle_stage != "active":
-                raise Conflict(f"experiment {experiment.name!r} is deleted")
+            experiment = found_experiment(await work.experiments.share(command.experiment_id), command.experiment_id)
+            with told():
+                experiment.check_active()
             if command.parent_run_id and await work.runs.get(command.parent_run_id) is None:
                 raise NotFound(f"there is no run {command.parent_run_id}")
             if await work.runs.add(run, request):
-                await work.runs.log_tags(run_id, command.tags)
+                await work.runs.log_tags(run_id, {**command.tags, RUN_NAME: run.name} if command.name_as_tag else command.tags)
                 await work.emit(RunStarted(run, experiment.name))
             elif request is not None:
                 run = await self._taken_over(work, request, command.fencing_token)
@@ -194,23 +203,38 @@ class Tracker:
         return [RunView(run, facts[run.run_id]) for run in runs]
 
     async def log_batch(
-        self, caller: Caller, run_id: str, metrics: Sequence[Metric], params: Mapping[str, str], tags: Mapping[str, str]
+        self,
+        caller: Caller,
+        run_id: str,
+        metrics: Sequence[Metric],
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        of_models: Sequence[ModelMetric] = (),
     ) -> None:
-        """All or nothing. Raises Conflict for a param that has another value, Invalid with all that is wrong with the batch."""
+        """All or nothing. Raises Conflict for a param that has another value, Invalid with all that is wrong with the batch.
+
+        `of_models`: those of the metrics that are about a logged model.
+        """
         with told():
             rules.check_batch(metrics, params, tags)
+            check_models([one.model_id for one in of_models])
+        changes_run = mean_something(tags)
         async with self._store.transaction() as work:
-            run = found_run(await work.runs.share(run_id), run_id)
+            run = found_run(await (work.runs.lock(run_id) if changes_run else work.runs.share(run_id)), run_id)
             may_write(caller, run)
-            if run.lifecycle_stage != "active":
-                raise Conflict(f"run {run_id} is deleted")
+            with told():
+                run.check_active()
             if params and (changed := await work.runs.log_params(run_id, params)):
                 violations = [Violation(f"params[{key!r}]", f"is {old[:100]!r} and never changes") for key, old in changed.items()]
                 raise Conflict(f"params of run {run_id} cannot be changed", violations[:20])
             if metrics:
                 await work.runs.log_metrics(run_id, metrics)
+            if of_models:
+                await work.records.log_model_metrics(run_id, of_models)
             if tags:
                 await work.runs.log_tags(run_id, tags)
+            if changes_run:
+                await work.runs.save(told_by(run, tags))
 
     async def finish_run(
         self, caller: Caller, run_id: str, status: str, finished_ms: int, reason: str, fencing_token: int | None = None
@@ -232,7 +256,10 @@ class Tracker:
                 require_role(caller, *WRITERS)
             if run.source.training_id and caller.service == GATEWAY:
                 raise Forbidden(f"training {run.source.training_id} ends this run; cancel the training instead")
-            run = await self._end(work, run, Status(status), finished_ms or self._now_ms(), reason)
+            if not run.ended:
+                with told():
+                    run.check_active()
+            run = await end_run(work, run, Status(status), finished_ms or self._now_ms(), reason)
             return RunView(run, (await work.runs.facts([run_id]))[run_id])
 
     async def ping(self) -> None:
@@ -245,7 +272,7 @@ class Tracker:
         async with self._store.transaction() as work:
             expired = await work.runs.lock_expired(limit)
             for run, now_ms in expired:
-                await self._end(work, run, Status.FAILED, now_ms, LEASE_EXPIRED)
+                await end_run(work, run, Status.FAILED, now_ms, LEASE_EXPIRED)
         return len(expired)
 
     async def renew_lease(self, caller: Caller, run_id: str, fencing_token: int | None = None) -> datetime:
@@ -305,17 +332,6 @@ class Tracker:
         async with self._store.transaction() as work:
             return await work.datasets.all()
 
-    async def _end(self, work: UnitOfWork, run: Run, status: Status, finished_ms: int, reason: str) -> Run:
-        with told():
-            ended = run.finish(status, finished_ms, reason)
-        if ended is run:
-            return run
-        await work.runs.save(ended)
-        experiment = await self._experiment(work, run.experiment_id)
-        facts = (await work.runs.facts([run.run_id]))[run.run_id] if status is Status.FINISHED else Facts()
-        await work.emit(rules.ending(ended, experiment.name, facts))
-        return ended
-
     async def _taken_over(self, work: UnitOfWork, request: RequestKey, fencing_token: int) -> Run:
         run = found_run(await work.runs.lock_by_request(request), f"of request {request.request_id}")
         with told():
@@ -340,18 +356,6 @@ class Tracker:
         with told():
             rules.check_start(command.name, command.started_ms, command.lease_seconds, command.fencing_token, command.tags, texts)
         return command
-
-    async def _experiment(self, work: UnitOfWork, experiment_id: int) -> Experiment:
-        experiment = await work.experiments.get(experiment_id)
-        if experiment is None:
-            raise NotFound(f"there is no experiment {experiment_id}")
-        return experiment
-
-    def _request(self, caller: Caller, request_id: str) -> RequestKey | None:
-        with told():
-            if wrong := rules.check_text(request_id, rules.MAX_NAME):
-                raise Rejected([Problem("request_id", wrong)])
-        return RequestKey(caller.name, request_id) if request_id else None
 
     def _now_ms(self) -> int:
         return int(self._clock.now().timestamp() * 1000)

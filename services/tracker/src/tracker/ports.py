@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tracker.domain.artifact import Artifact, Dataset, Upload
 from tracker.domain.model import BlobRef, DeliverableModel
+from tracker.domain.record import DatasetInput, ModelMetric, ModelOutput, Record
 from tracker.domain.run import DatasetRef, Event, Experiment, Facts, Metric, Run
 
 
@@ -32,8 +33,34 @@ class Experiments(Protocol):
 
     async def by_request(self, request: RequestKey) -> Experiment | None: ...
 
+    async def share(self, experiment_id: int) -> Experiment | None:
+        """The experiment without its tags, held against its deletion but not against others that add runs to it."""
+        ...
+
+    async def lock(self, experiment_id: int) -> Experiment | None:
+        """The experiment without its tags, held until the transaction ends."""
+        ...
+
     async def page(self, after_id: int, limit: int) -> Sequence[Experiment]:
         """By id, those after `after_id`."""
+        ...
+
+    async def save(self, experiment: Experiment) -> bool:
+        """Stores name, lifecycle stage and time of update of one that is held; False when another has the name."""
+        ...
+
+    async def set_tags(self, experiment_id: int, tags: Mapping[str, str]) -> None: ...
+
+    async def delete_tag(self, experiment_id: int, key: str) -> bool:
+        """Whether there was one."""
+        ...
+
+    async def in_training(self, experiment_id: int) -> bool:
+        """Whether it has a run that a training started and that has not ended."""
+        ...
+
+    async def move_runs(self, experiment_id: int, lifecycle_stage: str, deleted_ms: int) -> None:
+        """Gives all its runs a lifecycle stage and a time of deletion."""
         ...
 
 
@@ -55,7 +82,7 @@ class Runs(Protocol):
     async def lock_by_request(self, request: RequestKey) -> Run | None: ...
 
     async def save(self, run: Run) -> None:
-        """Stores status, reason, times, fencing token and event sequence of a run that is held."""
+        """Stores what changes of a run that is held: name, parent, source, status, reason, end, deletion, lease, attempt and sequence."""
         ...
 
     async def renew_lease(self, run: Run) -> datetime:
@@ -82,6 +109,12 @@ class Runs(Protocol):
 
     async def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None: ...
 
+    async def tag(self, run_id: str, key: str) -> str | None: ...
+
+    async def delete_tag(self, run_id: str, key: str) -> bool:
+        """Whether there was one."""
+        ...
+
     async def history(self, run_id: str, key: str, after: Metric | None, limit: int) -> Sequence[Metric]:
         """Points of one metric by (step, timestamp, value)."""
         ...
@@ -91,6 +124,22 @@ class Runs(Protocol):
         ...
 
     async def log_inputs(self, run_id: str, inputs: Sequence[DatasetRef]) -> None: ...
+
+
+class Records(Protocol):
+    """What only MLflow's API keeps of runs, and runs as it shows them."""
+
+    async def get(self, run_id: str) -> Record | None: ...
+
+    async def log_datasets(self, run: Run, inputs: Sequence[DatasetInput]) -> None:
+        """Repeatable: a data set that the run has is left as it is."""
+        ...
+
+    async def log_model_inputs(self, run_id: str, model_ids: Sequence[str]) -> None: ...
+
+    async def log_model_outputs(self, run_id: str, outputs: Sequence[ModelOutput]) -> None: ...
+
+    async def log_model_metrics(self, run_id: str, metrics: Sequence[ModelMetric]) -> None: ...
 
 
 class Artifacts(Protocol):
@@ -151,6 +200,9 @@ class UnitOfWork(Protocol):
 
     @property
     def runs(self) -> Runs: ...
+
+    @property
+    def records(self) -> Records: ...
 
     @property
     def artifacts(self) -> Artifacts: ...

@@ -1,4 +1,4 @@
-"""Experiments, uploads, artifacts and data sets, in PostgreSQL."""
+"""Uploads, artifacts and data sets, in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -12,50 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tracker.adapters import tables as t
 from tracker.domain.artifact import Artifact, Dataset, Upload
 from tracker.domain.model import BlobRef
-from tracker.domain.run import Experiment
-from tracker.ports import RequestKey
-
-
-class SqlExperiments:
-    """Implements `ports.Experiments` on one connection, within its transaction."""
-
-    def __init__(self, conn: AsyncConnection) -> None:
-        self._conn = conn
-
-    async def add(self, name: str, created_ms: int, request: RequestKey | None) -> Experiment | None:
-        row = {
-            "name": name,
-            "lifecycle_stage": "active",
-            "created_ms": created_ms,
-            "last_update_ms": created_ms,
-            "requested_by": request.caller if request else None,
-            "request_id": request.request_id if request else None,
-        }
-        made = await self._conn.execute(upsert(t.experiment).values(**row).on_conflict_do_nothing().returning(*_EXPERIMENT))
-        return _experiment(made.mappings().first())
-
-    async def get(self, experiment_id: int) -> Experiment | None:
-        found = await self._conn.execute(select(*_EXPERIMENT).where(t.experiment.c.id == experiment_id))
-        return _experiment(found.mappings().first())
-
-    async def by_name(self, name: str) -> Experiment | None:
-        found = await self._conn.execute(select(*_EXPERIMENT).where(t.experiment.c.name == name))
-        return _experiment(found.mappings().first())
-
-    async def by_request(self, request: RequestKey) -> Experiment | None:
-        same = (t.experiment.c.requested_by == request.caller) & (t.experiment.c.request_id == request.request_id)
-        return _experiment((await self._conn.execute(select(*_EXPERIMENT).where(same))).mappings().first())
-
-    async def page(self, after_id: int, limit: int) -> Sequence[Experiment]:
-        statement = select(*_EXPERIMENT).where(t.experiment.c.id > after_id).order_by(t.experiment.c.id).limit(limit)
-        return [Experiment(**row) for row in (await self._conn.execute(statement)).mappings()]
-
-
-_EXPERIMENT = (t.experiment.c.id, t.experiment.c.name, t.experiment.c.lifecycle_stage, t.experiment.c.created_ms)
-
-
-def _experiment(row: RowMapping | None) -> Experiment | None:
-    return None if row is None else Experiment(**row)
 
 
 class SqlArtifacts:

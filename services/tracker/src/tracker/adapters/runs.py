@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, RowMapping, Select, Text, TextClause, any_, func, literal, select, text, tuple_, update
+from sqlalchemy import ColumnElement, RowMapping, Select, Text, TextClause, any_, delete, func, literal, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tracker.adapters import logged
 from tracker.adapters import tables as t
 from tracker.domain.model import BlobRef, DeliverableModel, Signature, TensorSpec
 from tracker.domain.run import DatasetRef, Facts, Metric, Run, RunSource, Status
@@ -31,9 +32,12 @@ _METRICS = text(
         INSERT INTO tracker.metric_point (run_id, key, step, timestamp_ms, value)
         SELECT :run_id, key, step, timestamp_ms, value FROM point ORDER BY key, step, timestamp_ms, value
         ON CONFLICT DO NOTHING
+    ), whole AS (
+        DELETE FROM tracker.run_logged WHERE run_id = :run_id
     )
-    INSERT INTO tracker.metric_latest AS latest (run_id, key, step, timestamp_ms, value)
-    SELECT DISTINCT ON (key) :run_id, key, step, timestamp_ms, value FROM point
+    INSERT INTO tracker.metric_latest AS latest (run_id, key, step, timestamp_ms, value, experiment_id, started_ms)
+    SELECT DISTINCT ON (key) :run_id, key, step, timestamp_ms, value, run.experiment_id, run.started_ms
+    FROM point, tracker.run WHERE run.run_id = :run_id
     ORDER BY key, step DESC, timestamp_ms DESC, value DESC
     ON CONFLICT (run_id, key) DO UPDATE
         SET step = excluded.step, timestamp_ms = excluded.timestamp_ms, value = excluded.value
@@ -43,8 +47,12 @@ _METRICS = text(
 
 _PARAMS = text(
     """
-    INSERT INTO tracker.param (run_id, key, value)
-    SELECT :run_id, key, value FROM unnest(CAST(:keys AS text[]), CAST(:texts AS text[])) AS given (key, value) ORDER BY key
+    WITH whole AS (
+        DELETE FROM tracker.run_logged WHERE run_id = :run_id
+    )
+    INSERT INTO tracker.param (run_id, key, value, experiment_id, started_ms)
+    SELECT :run_id, key, value, run.experiment_id, run.started_ms
+    FROM unnest(CAST(:keys AS text[]), CAST(:texts AS text[])) AS given (key, value), tracker.run WHERE run.run_id = :run_id ORDER BY key
     ON CONFLICT DO NOTHING
     """
 )
@@ -60,8 +68,9 @@ _CHANGED_PARAMS = text(
 
 _TAGS = text(
     """
-    INSERT INTO tracker.tag AS old (run_id, key, value)
-    SELECT :run_id, key, value FROM unnest(CAST(:keys AS text[]), CAST(:texts AS text[])) AS given (key, value) ORDER BY key
+    INSERT INTO tracker.tag AS old (run_id, key, value, experiment_id, started_ms)
+    SELECT :run_id, key, value, run.experiment_id, run.started_ms
+    FROM unnest(CAST(:keys AS text[]), CAST(:texts AS text[])) AS given (key, value), tracker.run WHERE run.run_id = :run_id ORDER BY key
     ON CONFLICT (run_id, key) DO UPDATE SET value = excluded.value WHERE old.value <> excluded.value
     """
 )
@@ -83,7 +92,7 @@ class SqlRuns:
             "lifecycle_stage": run.lifecycle_stage,
             "started_ms": run.started_ms,
             "finished_ms": run.finished_ms,
-            "deleted_ms": 0,
+            "deleted_ms": run.deleted_ms,
             "reason": run.reason,
             "parent_run_id": run.parent_run_id,
             "source_commit": run.source.commit,
@@ -116,18 +125,25 @@ class SqlRuns:
         return await self._one(select(t.run).where(same).with_for_update(key_share=True))
 
     async def save(self, run: Run) -> None:
-        await self._conn.execute(
-            update(t.run)
-            .where(t.run.c.run_id == run.run_id)
-            .values(
-                status=run.status.value,
-                reason=run.reason,
-                finished_ms=run.finished_ms,
-                lifecycle_stage=run.lifecycle_stage,
-                fencing_token=run.fencing_token,
-                event_sequence=run.event_sequence,
-            )
-        )
+        values: dict[str, Any] = {
+            "name": run.name,
+            "parent_run_id": run.parent_run_id,
+            "source_commit": run.source.commit,
+            "source_command": run.source.command,
+            "status": run.status.value,
+            "reason": run.reason,
+            "finished_ms": run.finished_ms,
+            "lifecycle_stage": run.lifecycle_stage,
+            "deleted_ms": run.deleted_ms,
+            "lease_seconds": run.lease_seconds,
+            "fencing_token": run.fencing_token,
+            "event_sequence": run.event_sequence,
+        }
+        if not run.lease_seconds:
+            values["lease_expires_at"] = None
+        await self._conn.execute(update(t.run).where(t.run.c.run_id == run.run_id).values(**values))
+        if run.ended:
+            await self._conn.execute(logged.KEEP_WHOLE, {"run_id": run.run_id})
 
     async def renew_lease(self, run: Run) -> datetime:
         statement = (
@@ -149,7 +165,7 @@ class SqlRuns:
             .with_for_update(key_share=True, skip_locked=True, of=t.run)
         )
         rows = (await self._conn.execute(statement)).mappings().all()
-        return [(_run(row), int(row["now_ms"])) for row in rows]
+        return [(run_of(row), int(row["now_ms"])) for row in rows]
 
     async def page(self, experiment_id: int, status: str, before: tuple[int, str] | None, limit: int) -> Sequence[Run]:
         statement = select(t.run).where(t.run.c.experiment_id == experiment_id)
@@ -158,7 +174,7 @@ class SqlRuns:
         if before is not None:
             statement = statement.where(tuple_(t.run.c.started_ms, t.run.c.run_id) < before)
         statement = statement.order_by(t.run.c.started_ms.desc(), t.run.c.run_id.desc()).limit(limit)
-        return [_run(row) for row in (await self._conn.execute(statement)).mappings()]
+        return [run_of(row) for row in (await self._conn.execute(statement)).mappings()]
 
     async def facts(self, run_ids: Sequence[str]) -> Mapping[str, Facts]:
         params = await self._by_run(t.param, t.param.c.value, run_ids)
@@ -186,6 +202,17 @@ class SqlRuns:
     async def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         if tags:
             await self._conn.execute(_TAGS, {"run_id": run_id, "keys": list(tags), "texts": list(tags.values())})
+            await self._conn.execute(logged.TAGS_ANEW, {"run_id": run_id})
+
+    async def tag(self, run_id: str, key: str) -> str | None:
+        found = await self._conn.execute(select(t.tag.c.value).where(t.tag.c.run_id == run_id, t.tag.c.key == key))
+        value: str | None = found.scalar_one_or_none()
+        return value
+
+    async def delete_tag(self, run_id: str, key: str) -> bool:
+        gone = await self._conn.execute(delete(t.tag).where(t.tag.c.run_id == run_id, t.tag.c.key == key))
+        await self._conn.execute(logged.TAGS_ANEW, {"run_id": run_id})
+        return gone.rowcount > 0
 
     async def history(self, run_id: str, key: str, after: Metric | None, limit: int) -> Sequence[Metric]:
         point = t.metric_point.c
@@ -212,7 +239,7 @@ class SqlRuns:
 
     async def _one(self, statement: Select[Any]) -> Run | None:
         row = (await self._conn.execute(statement)).mappings().first()
-        return None if row is None else _run(row)
+        return None if row is None else run_of(row)
 
     async def _by_run(self, table: Any, value: Any, run_ids: Sequence[str]) -> Mapping[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -276,7 +303,7 @@ def _specs(tensors: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tensor["name"], tensor["datatype"], tuple(tensor["shape"])) for tensor in tensors)
 
 
-def _run(row: RowMapping) -> Run:
+def run_of(row: RowMapping) -> Run:
     return Run(
         run_id=row["run_id"],
         experiment_id=row["experiment_id"],
@@ -298,4 +325,5 @@ def _run(row: RowMapping) -> Run:
         lease_seconds=row["lease_seconds"],
         fencing_token=row["fencing_token"],
         event_sequence=row["event_sequence"],
+        deleted_ms=row["deleted_ms"],
     )

@@ -9,7 +9,9 @@ from eventing.envelope import Event as Envelope
 from eventing.outbox import Outbox
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from tracker.adapters.artifacts import SqlArtifacts, SqlDatasets, SqlExperiments
+from tracker.adapters.artifacts import SqlArtifacts, SqlDatasets
+from tracker.adapters.experiments import SqlExperiments
+from tracker.adapters.records import SqlRecords
 from tracker.adapters.runs import SqlRuns
 from tracker.domain.run import Event
 
@@ -23,6 +25,7 @@ class SqlUnitOfWork:
     def __init__(self, conn: AsyncConnection, outbox: Outbox, encode: Encode) -> None:
         self.experiments = SqlExperiments(conn)
         self.runs = SqlRuns(conn)
+        self.records = SqlRecords(conn)
         self.artifacts = SqlArtifacts(conn)
         self.datasets = SqlDatasets(conn)
         self.emitted = False

@@ -14,7 +14,7 @@ from tracker.domain.model import DeliverableModel
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1_000, 100, 100
 """Per batch, as MLflow has them."""
 
-MAX_KEY, MAX_PARAM, MAX_TAG, MAX_NAME = 250, 6_000, 8_000, 500
+MAX_KEY, MAX_PARAM, MAX_TAG, MAX_EXPERIMENT_TAG, MAX_NAME = 250, 6_000, 8_000, 20_000, 500
 """Lengths in characters."""
 
 MAX_TIME_MS = 253_402_300_799_999
@@ -24,7 +24,7 @@ MAX_LEASE_S = 86_400
 EVENT_BUDGET = 500_000
 """Bytes that params, metrics and tags may take in run.finished: with all the rest it stays below what a broker accepts."""
 
-_INT64 = range(-(2**63), 2**63)
+INT64 = range(-(2**63), 2**63)
 _KEY = re.compile(r"[\w.\-/ :()%@=+,#\[\]]+")
 
 
@@ -47,6 +47,13 @@ class Experiment:
     name: str
     lifecycle_stage: str
     created_ms: int
+    last_update_ms: int
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def check_active(self) -> None:
+        """Raises Refused when it was deleted."""
+        if self.lifecycle_stage != "active":
+            raise Refused(f"The experiment {self.id} must be in the 'active' state. Current state is {self.lifecycle_stage}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run. `event_sequence` counts the events told of it; `fencing_token` is the attempt that owns it."""
+    """One run. `event_sequence` counts the events told of it; `fencing_token` is the attempt that owns it; `deleted_ms` 0: not deleted."""
 
     run_id: str
     experiment_id: int
@@ -108,6 +115,7 @@ class Run:
     lease_seconds: int
     fencing_token: int
     event_sequence: int
+    deleted_ms: int = 0
 
     @property
     def ended(self) -> bool:
@@ -127,6 +135,29 @@ class Run:
             return self
         return dataclasses.replace(self, status=status, finished_ms=finished_ms, reason=reason).next_event()
 
+    def reopen(self) -> Run:
+        """The run as it goes on after its end. No event tells of it: the end that it comes to is told as the next.
+
+        Its lease is over, since nobody who renewed it is there any more.
+        """
+        return dataclasses.replace(self, status=Status.RUNNING, finished_ms=0, reason="", lease_seconds=0)
+
+    def delete(self, now_ms: int) -> Run:
+        """The run as deleted. Raises Refused while a training runs it: the training would go on for nothing."""
+        if self.lifecycle_stage == "deleted":
+            return self
+        if self.source.training_id and not self.ended:
+            raise Refused(f"run {self.run_id} is being trained; cancel training {self.source.training_id} first")
+        return dataclasses.replace(self, lifecycle_stage="deleted", deleted_ms=now_ms)
+
+    def restore(self) -> Run:
+        return dataclasses.replace(self, lifecycle_stage="active", deleted_ms=0)
+
+    def check_active(self) -> None:
+        """Raises Refused when the run was deleted."""
+        if self.lifecycle_stage != "active":
+            raise Refused(f"The run {self.run_id} must be in the 'active' state. Current state is {self.lifecycle_stage}.")
+
     def check_owner(self, run_id: str | None, fencing_token: int | None) -> None:
         """Whether a token for `run_id` (None: no run token) and an attempt (None: not told) may touch this run.
 
@@ -139,8 +170,7 @@ class Run:
 
     def check_open(self) -> None:
         """Raises Refused when the run has ended or was deleted."""
-        if self.lifecycle_stage != "active":
-            raise Refused(f"run {self.run_id} is deleted")
+        self.check_active()
         if self.ended:
             raise Refused(f"run {self.run_id} has ended: {self.status}{f', {self.reason}' if self.reason else ''}")
 
@@ -226,9 +256,9 @@ def _check_metric(where: str, metric: Metric) -> list[Problem]:
     problems = []
     if wrong := _check_key(metric.key):
         problems.append(Problem(f"{where}.key", wrong))
-    if not 0 <= metric.timestamp_ms <= MAX_TIME_MS:
-        problems.append(Problem(f"{where}.timestamp_ms", "milliseconds since 1970, before the year 10000"))
-    if metric.step not in _INT64:
+    if metric.timestamp_ms < 0 or metric.timestamp_ms not in INT64:
+        problems.append(Problem(f"{where}.timestamp_ms", "milliseconds since 1970, as a 64-bit integer"))
+    if metric.step not in INT64:
         problems.append(Problem(f"{where}.step", "a 64-bit integer"))
     return problems
 

@@ -14,6 +14,7 @@ from servicekit.paging import page_size
 from tracker.deliverables import Deliverables
 from tracker.domain.run import Metric
 from tracker.entrypoints import translate
+from tracker.experiments import Experiments
 from tracker.handlers import Tracker
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrackerService"].full_name
@@ -56,21 +57,22 @@ ACCESS = {f"/{SERVICE}/{method}": rule for method, rule in _RULES.items()}
 class TrackerServicer(service_pb2_grpc.TrackerServiceServicer):
     """headrace.tracker.v1.TrackerService."""
 
-    def __init__(self, tracker: Tracker, deliverables: Deliverables) -> None:
+    def __init__(self, experiments: Experiments, tracker: Tracker, deliverables: Deliverables) -> None:
+        self._experiments = experiments
         self._tracker = tracker
         self._deliverables = deliverables
 
     async def CreateExperiment(self, request: pb.CreateExperimentRequest, context: Context) -> pb.CreateExperimentResponse:
-        made = await self._tracker.create_experiment(current_caller(), request.name, request.request_id)
+        made = await self._experiments.create(current_caller(), request.name, request.request_id)
         return pb.CreateExperimentResponse(experiment=translate.experiment(made))
 
     async def GetExperiment(self, request: pb.GetExperimentRequest, context: Context) -> pb.GetExperimentResponse:
-        found = await self._tracker.get_experiment(current_caller(), request.id, request.name)
+        found = await self._experiments.get(current_caller(), request.id, request.name)
         return pb.GetExperimentResponse(experiment=translate.experiment(found))
 
     async def ListExperiments(self, request: pb.ListExperimentsRequest, context: Context) -> pb.ListExperimentsResponse:
         place = translate.page_place(request.page_token, int)
-        page = await self._tracker.list_experiments(current_caller(), place[0] if place else -1, request.page_size)
+        page = await self._experiments.page(current_caller(), place[0] if place else -1, request.page_size)
         more = len(page) == page_size(request.page_size)
         return pb.ListExperimentsResponse(
             experiments=[translate.experiment(one) for one in page], next_page_token=translate.page_token(page[-1].id) if more else ""

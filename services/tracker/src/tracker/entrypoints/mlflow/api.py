@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from servicekit import mlflow
 from servicekit.rest import RestApi
 
-from tracker.entrypoints.mlflow.experiments import Experiments
+from tracker.amendments import Amendments
+from tracker.entrypoints.mlflow import about
+from tracker.entrypoints.mlflow.experiments import ExperimentsApi
+from tracker.entrypoints.mlflow.inputs import InputsApi
+from tracker.entrypoints.mlflow.logging import LoggingApi
+from tracker.entrypoints.mlflow.runs import RunsApi
+from tracker.experiments import Experiments
 from tracker.handlers import Tracker
 
 
@@ -16,8 +22,14 @@ class MlflowApi:
 
     name = "mlflow"
 
-    def __init__(self, tracker: Tracker, token_hashes: Mapping[str, str]) -> None:
-        endpoints = [*Experiments(tracker).endpoints()]
+    def __init__(self, experiments: Experiments, tracker: Tracker, amendments: Amendments, token_hashes: Mapping[str, str]) -> None:
+        endpoints = [
+            *ExperimentsApi(experiments).endpoints(),
+            *RunsApi(tracker, amendments).endpoints(),
+            *LoggingApi(tracker, amendments).endpoints(),
+            *InputsApi(amendments).endpoints(),
+            *about.endpoints(),
+        ]
         self.http = RestApi(endpoints, token_hashes, mlflow.told, mlflow.missing)
 
     async def start(self) -> None:
