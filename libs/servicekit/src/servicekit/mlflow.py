@@ -6,6 +6,7 @@ Numbers of 64 bits come as JSON numbers or texts and are answered as numbers; Na
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from typing import Any, TypeVar
@@ -95,19 +96,41 @@ async def read(request: Request, shape: type[_T]) -> _T:
     try:
         return msgspec.json.decode(body, type=shape, strict=False)
     except msgspec.ValidationError as error:
-        raise _wrong(error) from None
+        if b"null" not in body:
+            raise _wrong(error) from None
+        # A field that is null is one that was left out, as in proto3's JSON.
+        return _converted(_without_nulls(_document(body)), shape)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # Python's own clients write NaN and Infinity bare.
-        try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
-            raise Invalid("the body is not JSON") from None
-        return _converted(document, shape)
+        return _converted(_without_nulls(_document(body)), shape)
+
+
+def _document(body: bytes) -> Any:
+    """JSON as Python reads it. Raises Invalid, also for texts that no UTF-8 can hold."""
+    try:
+        document = json.loads(body)
+        json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise Invalid("the body is not JSON in UTF-8") from None
+    return document
+
+
+def _without_nulls(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {name: _without_nulls(value) for name, value in document.items() if value is not None}
+    return [_without_nulls(value) for value in document] if isinstance(document, list) else document
+
+
+@functools.cache
+def _lists(shape: type[Any]) -> frozenset[str]:
+    """The fields that hold more than one value."""
+    fields = msgspec.structs.fields(shape)
+    return frozenset(field.encode_name for field in fields if msgspec.json.schema(field.type).get("type") == "array")
 
 
 def _query(request: Request, shape: type[Any]) -> dict[str, Any]:
     """Repeated names make a list where the shape has one; else the last of a name counts."""
-    lists = {field.encode_name for field in msgspec.structs.fields(shape) if msgspec.json.schema(field.type).get("type") == "array"}
+    lists = _lists(shape)
     return {name: request.query_params.getlist(name) if name in lists else request.query_params[name] for name in request.query_params}
 
 
