@@ -82,6 +82,11 @@ class AccessTable:
         self._cache.clear()
         return True
 
+    def valid(self, key_id: str) -> KeySpec | None:
+        """The key of this id; None when it is unknown, revoked or expired."""
+        key = self._keys.get(key_id)
+        return None if key is None or key.revoked or not key.hash or self._now() >= key.expires_at else key
+
     def identify(self, authorization: bytes | None, api_key: bytes | None) -> Grant | None:
         """The grant of the key in `Authorization: Bearer hr_...` or `X-API-Key: hr_...`; None when it is unknown, expired or missing.
 

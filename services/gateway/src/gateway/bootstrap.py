@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,17 +28,20 @@ from servicekit.errors import Unauthenticated
 from servicekit.lifecycle import Closing, Component
 from servicekit.settings import split_address
 
+from gateway import page
 from gateway.access import AccessTable
 from gateway.arms import ArmLimits
+from gateway.browser import Hosts
 from gateway.control.app import Authenticate, create_app
 from gateway.control.peers import Peers, connect
 from gateway.control.traces import HttpSpanSource
 from gateway.feed import Feed
 from gateway.listener import DataServer
 from gateway.metrics import Metrics
-from gateway.mlflow import MlflowDoor
+from gateway.mlflow import DoorLimits, MlflowDoor
 from gateway.plane import DataPlane, Limits
 from gateway.processes import ParentWatch, Processes
+from gateway.sessions import Sessions, derived_secret
 from gateway.settings import GatewaySettings
 from gateway.shadow import ShadowLimits
 from gateway.state import StateFile
@@ -89,12 +93,8 @@ def build(settings: GatewaySettings) -> Sequence[Component]:
     peers, channels = _peers(settings)
     spans = HttpSpanSource(settings.traces_url, settings.traces_secret.get_secret_value()) if settings.traces_url else None
     authenticate = _authenticate(plane.access, settings, clock)
-    door = MlflowDoor(
-        authenticate,
-        tracker=settings.tracker_http,
-        registry=settings.registry_http,
-        service_token=settings.service_token.get_secret_value(),
-    )
+    door = _door(plane, settings, authenticate)
+    plane.streamed_body = door.streamed_body
     app = door.before(create_app(peers, authenticate, spans))
     host, port = split_address(settings.gateway_address)
     server = DataServer(plane, app, host, port, grace_s=settings.shutdown_grace_s * 0.6, reuse_port=settings.gateway_processes > 1)
@@ -122,6 +122,22 @@ def _plane(settings: GatewaySettings) -> DataPlane:
         ),
         Spans.of(provider) if isinstance(provider, TracerProvider) else Spans(),
         settings.trace_sample_ratio,
+    )
+
+
+def _door(plane: DataPlane, settings: GatewaySettings, authenticate: Authenticate) -> MlflowDoor:
+    service_token = settings.service_token.get_secret_value()
+    # Without any secret, sessions are this process's own and end with it.
+    secret = settings.session_secret.get_secret_value().encode() or derived_secret(service_token) or secrets.token_bytes(32)
+    return MlflowDoor(
+        authenticate,
+        Sessions(plane.access, secret, settings.session_ttl_s),
+        Hosts(settings.public_urls),
+        page.find(settings.mlflow_page),
+        DoorLimits(upload_bytes=settings.max_upload_bytes, body_bytes=settings.max_body_bytes),
+        tracker=settings.tracker_http,
+        registry=settings.registry_http,
+        service_token=service_token,
     )
 
 

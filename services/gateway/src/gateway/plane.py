@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from time import monotonic
@@ -30,6 +30,15 @@ UPSTREAM_SWEEP_S = 0.25
 MAX_UPSTREAM_CONNECTIONS = 16_384
 LATE_S = 0.1
 """An event loop that is this late is overloaded: copies are dropped first."""
+
+
+StreamedBody = Callable[[bytes, bytes, Mapping[bytes, bytes]], "int | None"]
+"""(method, path, headers) of a request that is not the data path's -> None: its body has the limits of all others. Else the application
+takes it piece by piece and refuses what is too long itself; so many bytes are let through, 0: as many as of any other."""
+
+
+def _no_stream(method: bytes, path: bytes, headers: Mapping[bytes, bytes]) -> int | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,8 @@ class DataPlane:
         self.connections: set[DataProtocol] = set()
         self.newcomers: Newcomers[DataProtocol] = Newcomers(max(1, int(self.limits.max_connections * self.limits.newcomers_share)))
         self.draining = False
+        self.streamed_body: StreamedBody = _no_stream
+        """Set once, before `start`, by who serves requests whose bodies are passed on while they come."""
         self.on_route: Callable[[], None] | None = None
         """Told when a revision is first served, so that it is acknowledged at once."""
         self.plain_tail = b""

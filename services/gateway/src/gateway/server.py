@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import httptools
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway import kv2
@@ -42,6 +44,10 @@ _ONCE = frozenset(
         b"x-api-key",
         b"host",
         b"expect",
+        b"cookie",
+        b"origin",
+        b"sec-fetch-site",
+        b"transfer-encoding",
         b"content-type",
         b"content-encoding",
         b"traceparent",
@@ -51,6 +57,9 @@ _ONCE = frozenset(
     }
 )
 """Headers that must not come twice: two readers might read two things."""
+
+ON_LOST = "headrace.on_lost"
+"""The extension in the ASGI scope by which an application is called back when its client has gone."""
 
 _UNAUTHENTICATED = b'www-authenticate: Bearer realm="headrace"\r\n'
 _SAFE_ID = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.:/+=")
@@ -67,6 +76,7 @@ def check_uvicorn() -> None:
     code = HttpToolsProtocol.__init__.__code__.co_names + HttpToolsProtocol.on_message_begin.__code__.co_names
     missing += [name for name in _INSTANCE_NAMES if name not in code]
     missing += [name for name in _CYCLE_NAMES if name not in RequestResponseCycle.__init__.__code__.co_names]
+    missing += [name for name in ("read_paused",) if name not in FlowControl.__init__.__code__.co_names]
     if missing:
         raise RuntimeError(f"uvicorn {uvicorn.__version__} lacks {', '.join(missing)}")
 
@@ -94,9 +104,13 @@ class DataProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._stopped = False
         # A state that no connection is in, so that the first sweep starts the clock and does not end a connection that has just come.
-        self._swept: tuple[int, int] = (-1, _IDLE)
+        self._swept: tuple[int, int, int] = (-1, _IDLE, 0)
         self._swept_at = 0.0
         self._writing_paused_at = 0.0
+        self._unsent = 0
+        self._body_limit = 0
+        self._streams = self._large = self._closes = False
+        self._on_lost: Callable[[], None] | None = None
         self._linger_until = 0.0
         self._proven = False
         self._origin = ""
@@ -140,6 +154,9 @@ class DataProtocol(HttpToolsProtocol):
         if control is not None and not control.response_complete:
             control.disconnected = True
             control.message_event.set()
+        on_lost, self._on_lost = self._on_lost, None
+        if on_lost is not None:
+            on_lost()
         self.pipeline.clear()
         super().connection_lost(exc)
 
@@ -171,6 +188,7 @@ class DataProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._writing_paused_at = self.loop.time()
+        self._unsent = self.transport.get_write_buffer_size()
         if self.active is not None:
             self.active.pause_stream()
 
@@ -187,6 +205,7 @@ class DataProtocol(HttpToolsProtocol):
         """
         self._stopped = True
         self._linger_until = self.loop.time() + self.plane.limits.linger_s
+        self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:
@@ -225,16 +244,27 @@ class DataProtocol(HttpToolsProtocol):
         self._phase = _BODY
         self._fed = 0
         self._body_bytes = 0
+        self._body_limit = limits.max_body_bytes
+        self._streams = self._large = self._closes = False
         headers = dict(self.headers)
         target = plane.routes.targets.get(self.url)
         version = self.parser.get_http_version()
         refusal = self._wrong_head(headers, version)
         if target is None and refusal is None:
             path = self._path()
-            if not kv2.is_data_path(path):
-                self._to_control(headers)
-                return
-            target = plane.routes.targets.get(path)
+            if not path:
+                refusal = Refusal(400, "the request's target cannot be read", close=True)
+            elif kv2.is_data_path(path):
+                target = plane.routes.targets.get(path)
+                refusal = self._too_long(headers)
+            else:
+                self._stream_limit(path, headers)
+                refusal = self._too_long(headers)
+                if refusal is None:
+                    self._to_control(headers)
+                    return
+        elif refusal is None:
+            refusal = self._too_long(headers)
         keep_alive = self.parser.should_keep_alive() and not plane.draining
         exchange = self._exchange(target, headers, refusal, keep_alive)
         exchange.http_1_0 = version == "1.0"
@@ -257,7 +287,7 @@ class DataProtocol(HttpToolsProtocol):
                 self._too_large(cycle)
             return
         self._body_bytes += len(body)
-        if self._body_bytes > self.plane.limits.max_body_bytes:
+        if self._body_bytes > self._body_limit:
             self._refuse_message(Refusal(413, self._limit_text(), close=True))
             raise _Stop
         super().on_body(body)
@@ -296,10 +326,19 @@ class DataProtocol(HttpToolsProtocol):
         # As the base class, but for the timer that it sets after every answer: the sweep closes idle connections.
         self.server_state.total_requests += 1
         self.active = None
+        self._on_lost = None
         if not self._proven and not self.pipeline and not self.transport.is_closing():
             self._wait_for_proof()
         if self.transport.is_closing() or (self._stopped and not self.pipeline):
             return
+        if self.cycle.response_complete:  # and not only one before it
+            if self._streams and self._phase == _BODY:
+                # Answered before the body was there: who was refused may have terabytes to send.
+                self.linger()
+                return
+            if self._closes:
+                self.transport.close()
+                return
         if self._phase == _BUSY:
             self._phase = _IDLE
         self.flow.resume_reading()
@@ -334,11 +373,17 @@ class DataProtocol(HttpToolsProtocol):
             if loop_now >= self._linger_until:
                 self.transport.abort()
             return
-        if self._writing_paused_at and loop_now - self._writing_paused_at > limits.stalled_reader_s:
-            self.transport.abort()
-            return
-        state = (self._messages, self._phase)
-        if state != self._swept:
+        if self._writing_paused_at:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent < self._unsent:
+                self._writing_paused_at = loop_now
+            self._unsent = unsent
+            if loop_now - self._writing_paused_at > limits.stalled_reader_s:
+                self.transport.abort()
+                return
+        # Of a large body, silence counts, and only the client's own: not that nobody reads it now.
+        state = (self._messages, self._phase, self._body_bytes if self._large else 0)
+        if state != self._swept or (self._large and self.flow.read_paused):
             self._swept, self._swept_at = state, now
             return
         waited = now - self._swept_at
@@ -386,10 +431,26 @@ class DataProtocol(HttpToolsProtocol):
         expected = headers.get(b"expect")
         if expected is not None and not self.expect_100_continue:
             return Refusal(417, "the only expectation met here is 100-continue", close=True)
-        length = headers.get(b"content-length")
-        if length is not None and int(length) > self.plane.limits.max_body_bytes:
-            return Refusal(413, self._limit_text(), close=True)
         return None
+
+    def _too_long(self, headers: dict[bytes, bytes]) -> Refusal | None:
+        """The refusal of a body that says itself that it is larger than allowed. A streamed one is judged by the application."""
+        length = headers.get(b"content-length")
+        if self._streams or length is None or int(length) <= self._body_limit:
+            return None
+        return Refusal(413, self._limit_text(), close=True)
+
+    def _stream_limit(self, path: bytes, headers: dict[bytes, bytes]) -> None:
+        """Whether the application takes this body piece by piece, and how much of it. Then only silence counts against the client, and a
+        connection whose client has shown a good key is not shed before the message is whole, which may take hours."""
+        streamed = self.plane.streamed_body(self.parser.get_method(), path, headers)
+        if streamed is None:
+            return
+        self._streams = True
+        if streamed:
+            self._body_limit = streamed
+            self._large = True
+            self.plane.newcomers.remove(self)
 
     def _exchange(self, target: Target | None, headers: dict[bytes, bytes], refusal: Refusal | None, keep_alive: bool) -> Exchange:
         plane = self.plane
@@ -460,15 +521,24 @@ class DataProtocol(HttpToolsProtocol):
         self.url, self.headers, self.expect_100_continue = url, own, expects
         self.scope["headers"] = own
         queued = len(self.pipeline)
+        self.scope["extensions"] = {ON_LOST: {"tell": self._tell_when_lost}}
         super().on_headers_complete()
         if self.plane.draining:
             self.cycle.keep_alive = False
+        if self._streams:
+            # So that the base class leaves the close to `on_response_complete`, which knows whether the client is still sending.
+            self._closes = not self.cycle.keep_alive
+            self.cycle.keep_alive = True
         if len(self.pipeline) > queued:
             # The base class has stopped reading, which would hide a client that leaves from the request being answered.
             self.flow.resume_reading()
             if len(self.pipeline) > self.plane.limits.max_pipelined:
                 self._stopped = True
                 self.transport.abort()
+
+    def _tell_when_lost(self, callback: Callable[[], None]) -> None:
+        """Calls back once when the connection is lost before the request being answered has its whole answer."""
+        self._on_lost = callback
 
     def _queue(self, exchange: Exchange) -> None:
         """A pipelined request waits for its turn; a client that sends too far ahead is cut off."""
@@ -488,7 +558,7 @@ class DataProtocol(HttpToolsProtocol):
         raise _Stop
 
     def _limit_text(self) -> str:
-        return f"the body is larger than {self.plane.limits.max_body_bytes} bytes"
+        return f"the body is larger than {self._body_limit or self.plane.limits.max_body_bytes} bytes"
 
     def _refuse_message(self, refusal: Refusal) -> None:
         """The last answer of this connection, behind those that are still being made; nothing more is read."""

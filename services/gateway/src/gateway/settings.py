@@ -7,6 +7,8 @@ from typing import ClassVar
 from pydantic import Field, SecretStr, field_validator
 from servicekit.settings import ServiceSettings, split_address
 
+from gateway.browser import Hosts
+
 
 class GatewaySettings(ServiceSettings):
     service_name: ClassVar[str] = "gateway"
@@ -24,9 +26,14 @@ class GatewaySettings(ServiceSettings):
         default="127.0.0.1:8000", description="The runtimes that routes may name, `host:port` of Triton's HTTP, separated by commas."
     )
     max_body_bytes: int = Field(default=8 * 1024 * 1024, gt=0, description="Largest request body.")
+    max_upload_bytes: int = Field(
+        default=5 * 1024**4, gt=0, description="Largest artifact that is uploaded through the gateway, with a key or run token."
+    )
     max_head_bytes: int = Field(default=32 * 1024, ge=1024, description="Largest request line and headers together.")
     head_timeout_s: float = Field(default=10, gt=0, description="Seconds that a client has to send a request's headers.")
-    body_timeout_s: float = Field(default=30, gt=0, description="Seconds that a client has to send a request's body.")
+    body_timeout_s: float = Field(
+        default=30, gt=0, description="Seconds that a client has to send a request's body; of an artifact's: that it may be silent for."
+    )
     keep_alive_s: float = Field(default=75, gt=0, description="Seconds that an idle client connection is kept.")
     max_connections: int = Field(default=4096, gt=0, description="Client connections per process.")
     newcomers_share: float = Field(
@@ -45,6 +52,20 @@ class GatewaySettings(ServiceSettings):
     tracker_address: str = Field(default="127.0.0.1:7001", description="The tracker's gRPC address.")
     tracker_http: str = Field(default="127.0.0.1:8091", description="The tracker's HTTP address: MLflow's API on runs is passed to it.")
     registry_http: str = Field(default="127.0.0.1:8092", description="The registry's HTTP address: MLflow's API on models is passed to it.")
+    public_urls: str = Field(
+        default="",
+        description="Where people reach the gateway by a name, `https://headrace.example.org`, separated by commas. Browsers may use these,"
+        " IP addresses and localhost; with https, sessions are kept for https only.",
+    )
+    session_secret: SecretStr = Field(
+        default=SecretStr(""),
+        description="Signs the sessions of browsers; the same on all gateways. Empty: derived from the service token.",
+    )
+    session_ttl_s: int = Field(default=12 * 3600, gt=0, description="Seconds after which a browser has to sign in again.")
+    mlflow_page: str = Field(
+        default="",
+        description="Folder of MLflow's own page, `mlflow/server/js/build` of its wheel; empty: that of the installed package, if it is.",
+    )
     trainer_address: str = Field(default="127.0.0.1:7003", description="The trainer's gRPC address.")
     evaluator_address: str = Field(default="127.0.0.1:7004", description="The evaluator's gRPC address.")
     registry_address: str = Field(default="127.0.0.1:7002", description="The registry's gRPC address.")
@@ -56,6 +77,12 @@ class GatewaySettings(ServiceSettings):
     @classmethod
     def _is_listener(cls, value: str) -> str:
         split_address(value)
+        return value
+
+    @field_validator("public_urls")
+    @classmethod
+    def _are_public(cls, value: str) -> str:
+        Hosts(value)
         return value
 
     @field_validator("triton_http")
