@@ -6,7 +6,6 @@ Numbers of 64 bits come as JSON numbers or texts and are answered as numbers; Na
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from typing import Any, TypeVar
@@ -121,11 +120,15 @@ def _without_nulls(document: Any) -> Any:
     return [_without_nulls(value) for value in document] if isinstance(document, list) else document
 
 
-@functools.cache
+_LISTS: dict[type[Any], frozenset[str]] = {}
+"""By shape, the fields that hold more than one value: found out once, since that takes longer than a request."""
+
+
 def _lists(shape: type[Any]) -> frozenset[str]:
-    """The fields that hold more than one value."""
-    fields = msgspec.structs.fields(shape)
-    return frozenset(field.encode_name for field in fields if msgspec.json.schema(field.type).get("type") == "array")
+    if shape not in _LISTS:
+        fields = msgspec.structs.fields(shape)
+        _LISTS[shape] = frozenset(field.encode_name for field in fields if msgspec.json.schema(field.type).get("type") == "array")
+    return _LISTS[shape]
 
 
 def _query(request: Request, shape: type[Any]) -> dict[str, Any]:
