@@ -29,13 +29,14 @@ _KNOWN = tuple(
 
 _INDEXES = (
     "CREATE INDEX run_recent ON run (experiment_id, started_ms DESC, run_id)",
-    # A row of an index holds 2,700 bytes at most, so of a long text its beginning stands there.
-    "CREATE INDEX param_by_value ON param (experiment_id, key, left(value, 100), started_ms DESC, run_id)",
-    "CREATE INDEX tag_by_value ON tag (experiment_id, key, left(value, 100), started_ms DESC, run_id)",
+    # A row of an index holds 2,700 bytes at most, so of a long text its beginning stands there. Texts are ordered by their characters'
+    # numbers, whatever the language of the database.
+    'CREATE INDEX param_by_value ON param (experiment_id, key, (left(value, 100) COLLATE "C"), started_ms DESC, run_id)',
+    'CREATE INDEX tag_by_value ON tag (experiment_id, key, (left(value, 100) COLLATE "C"), started_ms DESC, run_id)',
     "CREATE INDEX metric_by_value ON metric_latest (experiment_id, key, value, started_ms DESC, run_id)",
     # Keys have values of their own: taken for independent, a filter would seem to match far fewer runs than it does.
-    "CREATE STATISTICS param_values (mcv) ON experiment_id, key, (left(value, 100)) FROM param",
-    "CREATE STATISTICS tag_values (mcv) ON experiment_id, key, (left(value, 100)) FROM tag",
+    'CREATE STATISTICS param_values (mcv) ON experiment_id, key, (left(value, 100) COLLATE "C") FROM param',
+    'CREATE STATISTICS tag_values (mcv) ON experiment_id, key, (left(value, 100) COLLATE "C") FROM tag',
     "CREATE STATISTICS metric_keys (mcv) ON experiment_id, key FROM metric_latest",
 )
 
