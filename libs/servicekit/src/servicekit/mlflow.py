@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from servicekit import errors
+from servicekit.access import Rule
 from servicekit.errors import (
     AlreadyExists,
     Conflict,
@@ -29,6 +31,7 @@ from servicekit.errors import (
     Transient,
     Unauthenticated,
 )
+from servicekit.rest import Endpoint, Handle
 
 PREFIXES = ("/api/2.0/mlflow", "/ajax-api/2.0/mlflow")
 """Where the second version of the API is served: to clients, and to MLflow's own page."""
@@ -53,6 +56,15 @@ ERRORS: dict[type[HeadraceError], tuple[str, int]] = {
 
 _T = TypeVar("_T")
 _UNSAFE = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+
+
+def endpoints(table: Iterable[tuple[Sequence[str] | str, str, Rule, Handle]]) -> list[Endpoint]:
+    """Rows of methods, path below `PREFIXES`, rule and handler as endpoints under every prefix."""
+    return [
+        Endpoint((methods,) if isinstance(methods, str) else methods, f"{prefix}{path}", rule, handle)
+        for methods, path, rule, handle in table
+        for prefix in PREFIXES
+    ]
 
 
 def told(error: HeadraceError) -> Response:
