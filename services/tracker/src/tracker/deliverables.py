@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Deliverables:
             upload = await work.artifacts.get_upload(upload_id)
             if upload is None:
                 raise NotFound(f"there is no upload {upload_id}")
-            await self._may_upload(caller, work, upload.run_id)
+            await self._may_upload(caller, work, upload.owner)
         if upload.complete:
             return upload.object
         task = self._verifying.get(upload_id)
@@ -158,7 +159,8 @@ class Deliverables:
         with told():
             await asyncio.to_thread(check_samples, rows, signature)
         await self._check_model(model_file)
-        model = DeliverableModel(name, format, await self._blob(model_file), signature, await self._blob(samples_file))
+        samples = await self._blob(samples_file)
+        model = DeliverableModel(name, format, await self._blob(model_file), signature, samples)
         async with self._store.transaction() as work:
             run = found_run(await work.runs.lock(run_id), run_id)
             may_write(caller, run)
@@ -168,7 +170,7 @@ class Deliverables:
             if len(names | {name}) > MAX_MODELS:
                 raise Conflict(f"run {run_id} has logged {MAX_MODELS} models, which is the most it may")
             await work.artifacts.add_blob(model.blob)
-            await work.artifacts.add_blob(model.samples)
+            await work.artifacts.add_blob(samples)
             await work.runs.log_model(run_id, model)
         return model
 
@@ -220,7 +222,10 @@ class Deliverables:
             arrived = await self._objects.digest(wanted.key)
         except NotFound:
             raise Conflict(f"upload {upload.upload_id} is not known to the object store any more; start it again") from None
-        if (arrived.size, arrived.sha256) != (wanted.size_bytes, wanted.sha256):
+        if not wanted.sha256:
+            # Whoever sends parts by MLflow's API announces nothing.
+            wanted = BlobRef(arrived.sha256, arrived.size, wanted.key)
+        elif (arrived.size, arrived.sha256) != (wanted.size_bytes, wanted.sha256):
             await self._discard(upload)
             violations = [
                 Violation("size_bytes", f"{wanted.size_bytes} were announced, {arrived.size} arrived"),
@@ -228,7 +233,7 @@ class Deliverables:
             ]
             raise Invalid("the bytes that arrived are not those that were announced", violations)
         async with self._store.transaction() as work:
-            await work.artifacts.complete_upload(upload)
+            await work.artifacts.complete_upload(dataclasses.replace(upload, object=wanted))
         return wanted
 
     def _verified(self, upload_id: str, task: asyncio.Task[BlobRef]) -> None:

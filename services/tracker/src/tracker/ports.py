@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from tracker.domain.artifact import Artifact, Dataset, Upload
+from tracker.domain.artifact import Artifact, Dataset, Listed, Upload
+from tracker.domain.logged_model import LoggedModel, LoggedModelView, ModelSearch
 from tracker.domain.model import BlobRef, DeliverableModel
 from tracker.domain.record import DatasetInput, ModelMetric, ModelOutput, Record
 from tracker.domain.run import DatasetRef, Event, Experiment, Facts, Metric, Run
@@ -145,22 +146,34 @@ class Records(Protocol):
 class Artifacts(Protocol):
     async def add_upload(self, upload: Upload) -> None: ...
 
-    async def find_complete(self, run_id: str, path: str, dataset: str, sha256: str) -> Upload | None:
+    async def find_complete(self, owner: str, path: str, dataset: str, sha256: str) -> Upload | None:
         """The newest verified upload of this content to this place, if what it brought is still there."""
         ...
 
     async def get_upload(self, upload_id: str) -> Upload | None: ...
 
     async def complete_upload(self, upload: Upload) -> None:
-        """Marks it as verified and, when it belongs to a run, makes it the run's artifact at its path."""
+        """Marks it as verified, with size and hash as given here, and makes it its owner's artifact at its path, if it has an owner."""
         ...
 
     async def drop_upload(self, upload_id: str) -> None: ...
 
-    async def get(self, run_id: str, path: str) -> Artifact | None: ...
+    async def drop_uploads(self, keys: Sequence[str]) -> None:
+        """Forgets the uploads to these keys."""
+        ...
 
-    async def below(self, run_id: str, path: str) -> Sequence[Artifact]:
+    async def get(self, owner: str, path: str) -> Artifact | None: ...
+
+    async def below(self, owner: str, path: str) -> Sequence[Artifact]:
         """The artifact at `path` and all below it, by path; "" is the top."""
+        ...
+
+    async def folder(self, owner: str, path: str, after: str, limit: int) -> Sequence[Listed]:
+        """What lies directly in a folder, by name: those named after `after`."""
+        ...
+
+    async def remove(self, owner: str, path: str) -> Sequence[str]:
+        """Forgets the artifact at `path` and all below it; returns their keys."""
         ...
 
     async def find_blob(self, sha256: str) -> BlobRef | None:
@@ -169,6 +182,40 @@ class Artifacts(Protocol):
 
     async def add_blob(self, blob: BlobRef) -> None:
         """Remembers a verified blob. Repeatable."""
+        ...
+
+
+class LoggedModels(Protocol):
+    async def add(self, model: LoggedModel) -> None: ...
+
+    async def get(self, model_id: str) -> LoggedModel | None:
+        """Deleted ones too."""
+        ...
+
+    async def lock(self, model_id: str) -> LoggedModel | None:
+        """The model, held until the transaction ends."""
+        ...
+
+    async def save(self, model: LoggedModel) -> None:
+        """Stores one that is held."""
+        ...
+
+    async def log_params(self, model_id: str, params: Mapping[str, str]) -> Mapping[str, str]:
+        """Stores those that are new; returns those that are there with another value, with that value."""
+        ...
+
+    async def set_tags(self, model_id: str, tags: Mapping[str, str]) -> None: ...
+
+    async def delete_tag(self, model_id: str, key: str) -> bool:
+        """Whether there was one."""
+        ...
+
+    async def views(self, models: Sequence[LoggedModel]) -> Sequence[LoggedModelView]:
+        """The models with what was logged of them."""
+        ...
+
+    async def search(self, search: ModelSearch) -> Sequence[LoggedModel]:
+        """Those that are not deleted."""
         ...
 
 
@@ -206,6 +253,9 @@ class UnitOfWork(Protocol):
 
     @property
     def artifacts(self) -> Artifacts: ...
+
+    @property
+    def logged_models(self) -> LoggedModels: ...
 
     @property
     def datasets(self) -> Datasets: ...

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from sqlalchemy import RowMapping, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.adapters import tables as t
-from tracker.domain.artifact import Artifact, Dataset, Upload
+from tracker.domain.artifact import Artifact, Dataset, Listed, Upload
 from tracker.domain.model import BlobRef
 
 
@@ -24,7 +24,7 @@ class SqlArtifacts:
         await self._conn.execute(
             t.upload.insert().values(
                 upload_id=upload.upload_id,
-                run_id=upload.run_id,
+                owner=upload.owner,
                 path=upload.path,
                 dataset=upload.dataset,
                 key=upload.object.key,
@@ -35,14 +35,14 @@ class SqlArtifacts:
             )
         )
 
-    async def find_complete(self, run_id: str, path: str, dataset: str, sha256: str) -> Upload | None:
+    async def find_complete(self, owner: str, path: str, dataset: str, sha256: str) -> Upload | None:
         up = t.upload.c
         statement = (
             select(t.upload)
-            # Of a run, only what its path holds now: completing an older content again would not bring it back.
-            .outerjoin(t.artifact, (t.artifact.c.run_id == up.run_id) & (t.artifact.c.path == up.path) & (t.artifact.c.key == up.key))
-            .where(up.complete, up.sha256 == sha256, up.run_id == run_id, up.path == path, up.dataset == dataset)
-            .where(or_(up.run_id == "", t.artifact.c.key.is_not(None)))
+            # Of a path, only what it holds now: completing an older content again would not bring it back.
+            .outerjoin(t.artifact, (t.artifact.c.owner == up.owner) & (t.artifact.c.path == up.path) & (t.artifact.c.key == up.key))
+            .where(up.complete, up.sha256 == sha256, up.owner == owner, up.path == path, up.dataset == dataset)
+            .where(or_(up.owner == "", t.artifact.c.key.is_not(None)))
             .order_by(up.upload_id.desc())
             .limit(1)
         )
@@ -52,26 +52,51 @@ class SqlArtifacts:
         return _upload((await self._conn.execute(select(t.upload).where(t.upload.c.upload_id == upload_id))).mappings().first())
 
     async def complete_upload(self, upload: Upload) -> None:
-        await self._conn.execute(update(t.upload).where(t.upload.c.upload_id == upload.upload_id).values(complete=True))
-        if upload.run_id:
-            stored = {"key": upload.object.key, "size_bytes": upload.object.size_bytes, "sha256": upload.object.sha256}
-            statement = upsert(t.artifact).values(run_id=upload.run_id, path=upload.path, **stored)
-            await self._conn.execute(statement.on_conflict_do_update(index_elements=["run_id", "path"], set_=stored))
+        stored = {"key": upload.object.key, "size_bytes": upload.object.size_bytes, "sha256": upload.object.sha256}
+        await self._conn.execute(update(t.upload).where(t.upload.c.upload_id == upload.upload_id).values(complete=True, **stored))
+        if upload.owner:
+            statement = upsert(t.artifact).values(owner=upload.owner, path=upload.path, **stored)
+            await self._conn.execute(statement.on_conflict_do_update(index_elements=["owner", "path"], set_=stored))
 
     async def drop_upload(self, upload_id: str) -> None:
         await self._conn.execute(delete(t.upload).where(t.upload.c.upload_id == upload_id))
 
-    async def get(self, run_id: str, path: str) -> Artifact | None:
+    async def get(self, owner: str, path: str) -> Artifact | None:
         found = t.artifact.c
-        row = (await self._conn.execute(select(t.artifact).where(found.run_id == run_id, found.path == path))).mappings().first()
+        row = (await self._conn.execute(select(t.artifact).where(found.owner == owner, found.path == path))).mappings().first()
         return None if row is None else _artifact(row)
 
-    async def below(self, run_id: str, path: str) -> Sequence[Artifact]:
-        found = t.artifact.c
-        statement = select(t.artifact).where(found.run_id == run_id).order_by(found.path)
-        if path:
-            statement = statement.where(or_(found.path == path, func.starts_with(found.path, f"{path}/")))
+    async def below(self, owner: str, path: str) -> Sequence[Artifact]:
+        statement = select(t.artifact).where(_below(owner, path)).order_by(t.artifact.c.path)
         return [_artifact(row) for row in (await self._conn.execute(statement)).mappings()]
+
+    async def folder(self, owner: str, path: str, after: str, limit: int) -> Sequence[Listed]:
+        found = t.artifact.c
+        start = len(path) + 2 if path else 1
+        # What a file is called within the folder, or the folder in which it lies there.
+        name = func.split_part(func.substr(found.path, start), "/", 1).label("name")
+        is_folder = func.strpos(func.substr(found.path, start), "/") > 0
+        inside = found.owner == owner
+        if path:
+            inside &= func.starts_with(found.path, f"{path}/")
+        statement = (
+            select(name, func.bool_or(is_folder).label("is_folder"), func.sum(found.size_bytes).label("size_bytes"))
+            .where(inside)
+            .group_by(name)
+            .having(name > after)
+            .order_by(name)
+            .limit(limit)
+        )
+        prefix = f"{path}/" if path else ""
+        listed = (await self._conn.execute(statement)).mappings()
+        return [Listed(prefix + row["name"], row["is_folder"], None if row["is_folder"] else int(row["size_bytes"])) for row in listed]
+
+    async def remove(self, owner: str, path: str) -> Sequence[str]:
+        gone = await self._conn.execute(delete(t.artifact).where(_below(owner, path)).returning(t.artifact.c.key))
+        return list(gone.scalars())
+
+    async def drop_uploads(self, keys: Sequence[str]) -> None:
+        await self._conn.execute(delete(t.upload).where(t.upload.c.key.in_(keys)))
 
     async def find_blob(self, sha256: str) -> BlobRef | None:
         row = (await self._conn.execute(select(t.blob).where(t.blob.c.sha256 == sha256))).mappings().first()
@@ -82,6 +107,13 @@ class SqlArtifacts:
         await self._conn.execute(upsert(t.blob).values(**row).on_conflict_do_nothing())
 
 
+def _below(owner: str, path: str) -> ColumnElement[bool]:
+    """The artifact at a path and all below it; "" is the top."""
+    found = t.artifact.c
+    mine = found.owner == owner
+    return mine & or_(found.path == path, func.starts_with(found.path, f"{path}/")) if path else mine
+
+
 def _object(row: RowMapping) -> BlobRef:
     return BlobRef(row["sha256"], row["size_bytes"], row["key"])
 
@@ -89,7 +121,7 @@ def _object(row: RowMapping) -> BlobRef:
 def _upload(row: RowMapping | None) -> Upload | None:
     if row is None:
         return None
-    return Upload(row["upload_id"], row["run_id"], row["path"], row["dataset"], _object(row), row["store_id"], row["complete"])
+    return Upload(row["upload_id"], row["owner"], row["path"], row["dataset"], _object(row), row["store_id"], row["complete"])
 
 
 def _artifact(row: RowMapping) -> Artifact:

@@ -226,8 +226,10 @@ class SqlRuns:
         values: dict[str, Any] = {
             "format": model.format,
             "blob": model.blob.sha256,
-            "samples": model.samples.sha256,
+            "samples": model.samples.sha256 if model.samples else None,
             "signature": {"inputs": _tensors(model.signature.inputs), "outputs": _tensors(model.signature.outputs)},
+            "logged_model_id": model.logged_model_id,
+            "folder": model.folder,
         }
         statement = upsert(t.model).values(run_id=run_id, name=model.name, **values)
         await self._conn.execute(statement.on_conflict_do_update(index_elements=["run_id", "name"], set_=values))
@@ -259,7 +261,7 @@ class SqlRuns:
                 samples.c.key.label("samples_key"),
             )
             .join(blob, blob.c.sha256 == t.model.c.blob)
-            .join(samples, samples.c.sha256 == t.model.c.samples)
+            .outerjoin(samples, samples.c.sha256 == t.model.c.samples)
             .where(_among(t.model.c.run_id, run_ids))
             .order_by(t.model.c.position)
         )
@@ -267,8 +269,9 @@ class SqlRuns:
         for row in (await self._conn.execute(statement)).mappings():
             signature = Signature(_specs(row["signature"]["inputs"]), _specs(row["signature"]["outputs"]))
             stored = BlobRef(row["blob"], row["blob_size"], row["blob_key"])
-            rows = BlobRef(row["samples"], row["samples_size"], row["samples_key"])
-            found[row["run_id"]].append(DeliverableModel(row["name"], row["format"], stored, signature, rows))
+            rows = BlobRef(row["samples"], row["samples_size"], row["samples_key"]) if row["samples"] else None
+            model = DeliverableModel(row["name"], row["format"], stored, signature, rows, row["logged_model_id"], row["folder"])
+            found[row["run_id"]].append(model)
         return found
 
     async def _inputs(self, run_ids: Sequence[str]) -> Mapping[str, list[DatasetRef]]:

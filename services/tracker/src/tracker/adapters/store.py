@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tracker.adapters.artifacts import SqlArtifacts, SqlDatasets
 from tracker.adapters.experiments import SqlExperiments
+from tracker.adapters.logged_models import SqlLoggedModels
 from tracker.adapters.records import SqlRecords
 from tracker.adapters.runs import SqlRuns
 from tracker.domain.run import Event
@@ -27,6 +28,7 @@ class SqlUnitOfWork:
         self.runs = SqlRuns(conn)
         self.records = SqlRecords(conn)
         self.artifacts = SqlArtifacts(conn)
+        self.logged_models = SqlLoggedModels(conn)
         self.datasets = SqlDatasets(conn)
         self.emitted = False
         self._conn = conn

@@ -129,7 +129,7 @@ upload = Table(
     "upload",
     METADATA,
     Column("upload_id", Text, primary_key=True),
-    _text("run_id"),
+    _text("owner"),
     _text("path"),
     _text("dataset"),
     _text("key"),
@@ -144,7 +144,7 @@ Index("upload_content", upload.c.sha256, postgresql_where=upload.c.complete)
 artifact = Table(
     "artifact",
     METADATA,
-    _run_id(),
+    Column("owner", Text, primary_key=True),
     Column("path", Text, primary_key=True),
     _text("key"),
     _bigint("size_bytes"),
@@ -161,9 +161,37 @@ model = Table(
     Column("position", BigInteger, Identity(always=True), nullable=False),
     _text("format"),
     Column("blob", Text, ForeignKey(blob.c.sha256), nullable=False),
-    Column("samples", Text, ForeignKey(blob.c.sha256), nullable=False),
+    Column("samples", Text, ForeignKey(blob.c.sha256)),
     Column("signature", JSONB, nullable=False),
+    _text("logged_model_id"),
+    _text("folder"),
 )
+
+logged_model = Table(
+    "logged_model",
+    METADATA,
+    Column("model_id", Text, CheckConstraint("model_id ~ '^m-[0-9a-f]{32}$'"), primary_key=True),
+    Column("experiment_id", BigInteger, ForeignKey(experiment.c.id), nullable=False),
+    _text("name"),
+    _text("model_type"),
+    Column("source_run_id", Text, ForeignKey(run.c.run_id)),
+    _text("user_name"),
+    _text("status"),
+    _text("lifecycle_stage"),
+    _bigint("created_ms"),
+    _bigint("updated_ms"),
+)
+Index("logged_model_newest", logged_model.c.experiment_id, logged_model.c.created_ms, logged_model.c.model_id)
+Index("logged_model_of", logged_model.c.source_run_id)
+
+
+def _of_model() -> Column[str]:
+    return Column("model_id", Text, ForeignKey(logged_model.c.model_id), primary_key=True)
+
+
+logged_model_param = Table("logged_model_param", METADATA, _of_model(), Column("key", Text, primary_key=True), _text("value"))
+
+logged_model_tag = Table("logged_model_tag", METADATA, _of_model(), Column("key", Text, primary_key=True), _text("value"))
 
 dataset = Table("dataset", METADATA, Column("name", Text, primary_key=True), _bigint("latest_version"))
 

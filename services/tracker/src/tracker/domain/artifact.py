@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from tracker.domain.errors import Problem, Rejected
 from tracker.domain.model import BlobRef
@@ -19,14 +20,20 @@ MAX_SCHEMA_BYTES = 1_000_000
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DATASET = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_MODEL_ID = re.compile(r"m-[0-9a-f]{32}")
+_DRIVE = re.compile(r"[A-Za-z]:/")
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload under way or done: to a run's `path`, or to a data set. `store_id` is the store's name for the multipart upload."""
+    """An upload under way or done: to the `path` of an owner, who is a run or a logged model, or to a data set.
+
+    `store_id` is the store's name for a multipart upload. What was not announced has no hash, and size 0, until it is complete.
+    """
 
     upload_id: str
-    run_id: str
+    owner: str
     path: str
     dataset: str
     object: BlobRef
@@ -41,6 +48,15 @@ class Artifact:
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """A file or folder directly within a folder; a folder has no size."""
+
+    path: str
+    is_folder: bool
+    size_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
     """A version of a data set; immutable. On a `holdout` models are judged, so no run may read it."""
 
@@ -52,15 +68,56 @@ class Dataset:
     holdout: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place as MLflow's clients name it: whose artifacts (a run's or a logged model's), and a path among them, "" for the top."""
+
+    experiment_id: int
+    owner: str
+    path: str
+
+
+def is_model_id(owner: str) -> bool:
+    """Whether an owner of artifacts is a logged model; else it is a run."""
+    return owner.startswith("m-")
+
+
+def location(experiment_id: int, owner: str) -> str:
+    """Where the artifacts of an owner are, as MLflow's clients write it."""
+    between = "models/" if is_model_id(owner) else ""
+    return f"mlflow-artifacts:/{experiment_id}/{between}{owner}/artifacts"
+
+
+def place(text: str) -> Place:
+    """Reads `<experiment>/<run>/artifacts[/path]` or `<experiment>/models/<model>/artifacts[/path]`. Raises Rejected for all else."""
+    if problems := check_path(text):
+        raise Rejected(problems)
+    experiment, *rest = text.split("/")
+    owned = _MODEL_ID if rest[:1] == ["models"] else _RUN_ID
+    if owned is _MODEL_ID:
+        rest = rest[1:]
+    number = experiment.isascii() and experiment.isdecimal() and len(experiment) <= 18
+    if not number or len(rest) < 2 or not owned.fullmatch(rest[0]) or rest[1] != "artifacts":
+        raise Rejected([Problem("path", "<experiment>/<run>/artifacts/.. or <experiment>/models/<model>/artifacts/..")])
+    return Place(int(experiment), rest[0], "/".join(rest[2:]))
+
+
 def check_path(path: str) -> list[Problem]:
-    """What is wrong with an artifact's path: relative, with /, no `.` or `..`, no backslash, nothing that cannot be printed."""
-    if not path or len(path.encode()) > MAX_PATH:
+    """What is wrong with an artifact's path: relative, with /, no `.` or `..`, no backslash, nothing that cannot be printed.
+
+    It is held to this however often it is decoded, since whoever gets it may decode it once more.
+    """
+    if not path or len(path.encode(errors="replace")) > MAX_PATH:
         return [Problem("path", f"1 to {MAX_PATH} bytes")]
-    if "\\" in path or not path.isprintable():
-        return [Problem("path", "printable characters and no backslash")]
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        return [Problem("path", "a relative path without empty parts, . or ..")]
-    return []
+    while True:
+        if "\\" in path or not path.isprintable():
+            return [Problem("path", "printable characters and no backslash")]
+        if _DRIVE.match(path) or any(part in ("", ".", "..") for part in path.split("/")):
+            return [Problem("path", "a relative path without empty parts, . or ..")]
+        decoded = unquote(path)
+        if decoded == path:
+            return []
+        path = decoded
 
 
 def check_content(size_bytes: int, sha256: str) -> list[Problem]:
@@ -80,12 +137,12 @@ def check_dataset_name(field: str, name: str) -> list[Problem]:
     return [Problem(field, "1 to 128 of a-z, 0-9, . _ -, beginning with a letter or digit")]
 
 
-def target(upload_id: str, run_id: str, path: str, dataset: str, size_bytes: int, sha256: str) -> BlobRef:
+def target(upload_id: str, owner: str, path: str, dataset: str, size_bytes: int, sha256: str) -> BlobRef:
     """Where an upload goes: a key of its own, so that nothing ever overwrites what was verified. Raises Rejected."""
     problems = check_content(size_bytes, sha256)
-    if bool(run_id) == bool(dataset):
+    if bool(owner) == bool(dataset):
         problems.append(Problem("run_id", "either a run and a path, or a data set"))
-    elif run_id:
+    elif owner:
         problems.extend(check_path(path))
     else:
         problems.extend(check_dataset_name("dataset", dataset))
@@ -93,8 +150,12 @@ def target(upload_id: str, run_id: str, path: str, dataset: str, size_bytes: int
             problems.append(Problem("path", "a data set has no path"))
     if problems:
         raise Rejected(problems)
-    key = f"runs/{run_id}/artifacts/{upload_id}/{path}" if run_id else f"datasets/{dataset}/{upload_id}"
-    return BlobRef(sha256, size_bytes, key)
+    return BlobRef(sha256, size_bytes, key_of(upload_id, owner, path) if owner else f"datasets/{dataset}/{upload_id}")
+
+
+def key_of(upload_id: str, owner: str, path: str) -> str:
+    """The key of an upload to a path of an owner. The path is right already."""
+    return f"{'models' if is_model_id(owner) else 'runs'}/{owner}/artifacts/{upload_id}/{path}"
 
 
 def check_schema(schema_json: str) -> str:

@@ -48,13 +48,19 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class DeliverableModel:
-    """A model that a run logged, with the signature and the sample rows by which it can be checked and warmed up."""
+    """A model that a run logged, with the signature and the sample rows by which it can be checked and warmed up.
+
+    One that MLflow's client logged may have no sample rows, or rows without outputs: the client keeps none. `logged_model_id` is MLflow's
+    id of it, or "", and `folder` is where it lies among the run's own artifacts, or "".
+    """
 
     name: str
     format: str
     blob: BlobRef
     signature: Signature
-    samples: BlobRef
+    samples: BlobRef | None
+    logged_model_id: str = ""
+    folder: str = ""
 
 
 def check_signature(signature: Signature) -> list[Problem]:

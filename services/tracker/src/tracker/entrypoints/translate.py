@@ -138,7 +138,8 @@ def model(one: DeliverableModel) -> model_pb2.DeliverableModel:
         signature=model_pb2.ModelSignature(
             inputs=[_tensor(spec) for spec in one.signature.inputs], outputs=[_tensor(spec) for spec in one.signature.outputs]
         ),
-        samples=blob(one.samples),
+        samples=blob(one.samples) if one.samples else None,
+        logged_model_id=one.logged_model_id,
     )
 
 
