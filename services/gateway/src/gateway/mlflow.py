@@ -49,7 +49,8 @@ _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 
 # What a request and an answer say about themselves. All else is between a client and the gateway, or was never theirs to say.
 _ASKED = frozenset(
-    {"content-type", "content-length", "content-encoding", "accept", "accept-encoding", "range", "if-none-match", "if-match", "if-range"}
+    {"content-type", "content-length", "content-encoding", "accept", "accept-encoding", "range", "if-none-match", "if-match", "if-range",
+     "x-headrace-filter"}
 )  # fmt: skip
 _ANSWERED = frozenset(
     {"content-type", "content-length", "content-encoding", "content-disposition", "content-range", "accept-ranges", "etag", "vary",

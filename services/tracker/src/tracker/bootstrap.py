@@ -19,6 +19,7 @@ from servicekit.rpc import Server
 from servicekit.scratch import Scratch
 from servicekit.settings import parse_token_hashes
 
+from tracker.adapters.search import SqlSearches
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
 from tracker.amendments import Amendments
@@ -29,6 +30,7 @@ from tracker.entrypoints.mlflow.api import MlflowApi
 from tracker.entrypoints.translate import EventEncoder
 from tracker.experiments import Experiments
 from tracker.handlers import Tracker
+from tracker.searches import Searches
 from tracker.settings import TrackerSettings
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
@@ -54,7 +56,8 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s, work_dir=scratch.path)
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(experiments, tracker, deliverables), SERVICE)
-    api = MlflowApi(experiments, tracker, Amendments(store, clock), parse_token_hashes(settings.service_token_hashes))
+    searches = Searches(SqlSearches(engine, settings.search_timeout_s), extended=settings.extended_filters)
+    api = MlflowApi(experiments, tracker, Amendments(store, clock), searches, parse_token_hashes(settings.service_token_hashes))
     return [
         Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
         scratch,

@@ -20,6 +20,10 @@ class TrackerSettings(PresigningSettings):
         ge=0,
         description="Seconds for holders to renew after a start, or after the database was away, before leases are looked at.",
     )
+    search_timeout_s: float = Field(default=10, gt=0, le=25, description="Seconds that a statement of a search may take.")
+    extended_filters: bool = Field(
+        default=False, description="Whether filters may hold OR, NOT and parentheses without the header X-Headrace-Filter: extended."
+    )
     state_dir: Path = Field(
         default=Path(".headrace/tracker"), description="Folder in which models lie that are looked at for a while. Processes may share it."
     )

@@ -13,8 +13,10 @@ from tracker.entrypoints.mlflow.experiments import ExperimentsApi
 from tracker.entrypoints.mlflow.inputs import InputsApi
 from tracker.entrypoints.mlflow.logging import LoggingApi
 from tracker.entrypoints.mlflow.runs import RunsApi
+from tracker.entrypoints.mlflow.search import SearchApi
 from tracker.experiments import Experiments
 from tracker.handlers import Tracker
+from tracker.searches import Searches
 
 
 class MlflowApi:
@@ -22,12 +24,20 @@ class MlflowApi:
 
     name = "mlflow"
 
-    def __init__(self, experiments: Experiments, tracker: Tracker, amendments: Amendments, token_hashes: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        experiments: Experiments,
+        tracker: Tracker,
+        amendments: Amendments,
+        searches: Searches,
+        token_hashes: Mapping[str, str],
+    ) -> None:
         endpoints = [
             *ExperimentsApi(experiments).endpoints(),
             *RunsApi(tracker, amendments).endpoints(),
             *LoggingApi(tracker, amendments).endpoints(),
             *InputsApi(amendments).endpoints(),
+            *SearchApi(searches).endpoints(),
             *about.endpoints(),
         ]
         self.http = RestApi(endpoints, token_hashes, mlflow.told, mlflow.missing)
