@@ -1,22 +1,30 @@
-"""A tracker's store and use cases on a fresh database, and the whole tracker in this process behind its gRPC port."""
+"""A tracker's store and use cases on a fresh database, and the whole tracker in this process behind its ports and the gateway's door."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from contracts.tracker.v1 import service_pb2_grpc
 from eventing import schema as eventing_schema
 from eventing.outbox import Outbox
+from gateway.access import AccessTable
+from gateway.browser import Hosts
+from gateway.mlflow import DoorLimits, MlflowDoor
+from gateway.sessions import Sessions
 from pydantic import SecretStr
-from servicekit import access, db, migrate, rpc
+from servicekit import access, db, migrate, rpc, runtoken
 from servicekit.access import Caller
 from servicekit.clock import SystemClock, SystemIds
+from servicekit.errors import Unauthenticated
+from servicekit.http import HttpServer
 from servicekit.settings import ServiceSettings
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -64,9 +72,11 @@ async def stored(database: Any) -> AsyncIterator[Stored]:
 
 @dataclass(frozen=True)
 class Running:
-    """A tracker that serves; `stub(service)` calls it as that service."""
+    """A tracker that serves; `stub(service)` calls it as that service. `http` is its HTTP address, `tokens` are those of services."""
 
     stub: Callable[[str], service_pb2_grpc.TrackerServiceStub]
+    http: str
+    tokens: dict[str, str]
     settings: TrackerSettings
     database: Any
     topic_prefix: str
@@ -110,15 +120,96 @@ def _starter(
             await component.start()
             stack.push_async_callback(component.stop)
             ports.update(getattr(component, "listening", dict)())
+            if hasattr(component, "http"):
+                server = HttpServer(component.http, "127.0.0.1:0")
+                await server.start()
+                stack.push_async_callback(server.stop)
+                ports.update(server.listening())
 
         def stub(service: str) -> service_pb2_grpc.TrackerServiceStub:
             channel = rpc.channel(f"127.0.0.1:{ports['grpc']}", ServiceSettings(service_token=SecretStr(tokens[service][0])))
             stack.push_async_callback(channel.close)
             return service_pb2_grpc.TrackerServiceStub(channel)
 
-        return Running(stub, settings, database, topic_prefix)
+        secrets = {name: secret for name, (secret, _) in tokens.items()}
+        return Running(stub, f"127.0.0.1:{ports['http']}", secrets, settings, database, topic_prefix)
 
     return start, stack.aclose
+
+
+PEOPLE = {
+    "key-of-ada": Caller("gateway", "ada", frozenset({"editor"})),
+    "key-of-bob": Caller("gateway", "bob", frozenset({"editor"})),
+    "key-of-vic": Caller("gateway", "vic", frozenset({"viewer"})),
+    "key-of-nobody": Caller("gateway", "nobody", frozenset()),
+}
+
+
+def caller_of(key: str) -> Caller:
+    """What the gateway makes of an API key or a run token."""
+    if key.startswith(runtoken.PREFIX):
+        told = runtoken.verify(SECRET, key, SystemClock().now())
+        return Caller("gateway", f"run:{told.run_id}", frozenset(), told.run_id, told.fencing_token)
+    if key not in PEOPLE:
+        raise Unauthenticated("this API key is not known")
+    return PEOPLE[key]
+
+
+@dataclass(frozen=True)
+class Door:
+    """The gateway's door to MLflow's API with a tracker behind it. Keys are `key-of-ada` and `-bob` (editors), `-vic` (viewer)."""
+
+    url: str
+    running: Running
+    client: httpx.AsyncClient
+
+    async def call(self, method: str, path: str, body: Any = None, key: str = "key-of-ada", **query: Any) -> httpx.Response:
+        """`path` below /api/2.0/mlflow; a `body` of bytes goes as it is."""
+        content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        headers = {"authorization": f"Bearer {key}"} | ({"content-type": "application/json"} if body is not None else {})
+        return await self.client.request(method, f"/api/2.0/mlflow{path}", content=content, params=query, headers=headers)
+
+    async def post(self, path: str, body: Any, key: str = "key-of-ada") -> Any:
+        """The answer to a request that succeeds."""
+        answer = await self.call("POST", path, body, key)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    async def run(self, run_id: str) -> Any:
+        answer = await self.call("GET", "/runs/get", run_id=run_id)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["run"]
+
+    async def refused(self, path: str, body: Any, key: str = "key-of-ada") -> tuple[int, str, str]:
+        """Status, code and message of the answer to a request that fails."""
+        answer = await self.call("POST", path, body, key)
+        assert answer.status_code >= 400, answer.text
+        told = answer.json()
+        assert set(told) == {"error_code", "message"}
+        return answer.status_code, told["error_code"], told["message"]
+
+
+@pytest.fixture
+async def door(running: Running) -> AsyncIterator[Door]:
+    sessions = Sessions(AccessTable(), b"a secret of sessions", 60)
+    limits = DoorLimits(upload_bytes=1 << 40, body_bytes=64 * 1024 * 1024)
+    entrance = MlflowDoor(
+        caller_of,
+        sessions,
+        Hosts(""),
+        None,
+        limits,
+        tracker=running.http,
+        registry="127.0.0.1:9",
+        service_token=running.tokens["gateway"],
+    )
+    server = HttpServer(entrance, "127.0.0.1:0")
+    await server.start()
+    url = f"http://127.0.0.1:{server.listening()['http']}"
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        yield Door(url, running, client)
+    await server.stop()
+    await entrance.close()
 
 
 @pytest.fixture
