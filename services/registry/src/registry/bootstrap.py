@@ -19,6 +19,7 @@ from servicekit import db
 from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Closing, Component
 from servicekit.rpc import Server, channel
+from servicekit.settings import parse_token_hashes
 
 from registry.adapters.sections import VALIDATE, GrpcSectionValidator
 from registry.adapters.store import SqlStore
@@ -27,9 +28,11 @@ from registry.adapters.webhooks import WebhookPost, WebhookSender
 from registry.entrypoints import translate
 from registry.entrypoints.consumer import TOPICS, EventHandlers
 from registry.entrypoints.grpc import ACCESS, ACCESS_SERVICE, DEAD_LETTERS, REGISTRY, AccessServicer, RegistryServicer
+from registry.entrypoints.mlflow.api import MlflowApi
 from registry.entrypoints.republisher import Republisher
 from registry.handlers.access import Access
 from registry.handlers.audit import AuditTrail
+from registry.handlers.catalogue import Catalogue
 from registry.handlers.deliveries import Deliveries
 from registry.handlers.snapshots import Snapshots
 from registry.handlers.versions import VersionEvents, Versions
@@ -69,9 +72,11 @@ def build(settings: RegistrySettings, broker: Broker | None = None) -> Sequence[
     events = EventHandlers(VersionEvents(ids), store.session, clock)
     consumer = Consumer(engine, SCHEMA, broker, SCHEMA, TOPICS, events.table(), settings.topic_prefix, outbox)
 
+    versions = Versions(store, clock, ids)
+    api = MlflowApi(Catalogue(store, clock, ids), versions, parse_token_hashes(settings.service_token_hashes))
     server = Server(settings.grpc_address, settings, ACCESS)
     validators = {section: GrpcSectionValidator(one) for section, one in channels.items()}
-    registry = RegistryServicer(Deliveries(store, validators, clock), Versions(store, clock, ids), AuditTrail(store))
+    registry = RegistryServicer(Deliveries(store, validators, clock), versions, AuditTrail(store))
     server.add(service_pb2_grpc.add_RegistryServiceServicer_to_server, registry, REGISTRY)
     server.add(service_pb2_grpc.add_AccessServiceServicer_to_server, AccessServicer(access), ACCESS_SERVICE)
     letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
@@ -83,6 +88,7 @@ def build(settings: RegistrySettings, broker: Broker | None = None) -> Sequence[
         Relay(settings.database_url, SCHEMA, broker, "/headrace/registry", settings.topic_prefix, outbox=outbox),
         consumer,
         Republisher(Snapshots(store)),
+        api,
     ]
     if settings.webhook_url:
         secret = settings.webhook_secret.get_secret_value()

@@ -14,8 +14,9 @@ from registry.domain.approvals import Approval
 from registry.domain.audit import Audit
 from registry.domain.deliveries import Claim, Revision
 from registry.domain.events import DomainEvent
+from registry.domain.filters import Condition, Ordering
 from registry.domain.models import Model
-from registry.domain.versions import Journey, Version
+from registry.domain.versions import Journey, Stage, Version
 
 Lock = Literal["", "share", "update"]
 
@@ -39,6 +40,42 @@ class VersionView:
     model: str
     version: Version
     aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CataloguedVersion:
+    """A version as clients list it. `user` registered it, or trained it when nobody did; `storage` is what to download."""
+
+    model: str
+    number: int
+    stage: Stage
+    reason: str
+    run_id: str
+    source: str
+    path: str
+    storage: str
+    logged_model: str
+    run_link: str
+    description: str
+    tags: Mapping[str, str]
+    user: str
+    created_at: datetime
+    updated_at: datetime
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueEntry:
+    """A model as clients list it; `latest` is the newest version of each stage in which one stands."""
+
+    model_id: UUID
+    name: str
+    description: str
+    tags: Mapping[str, str]
+    created_at: datetime
+    updated_at: datetime
+    aliases: Mapping[str, int]
+    latest: tuple[CataloguedVersion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +135,8 @@ class ModelRepository(Protocol):
         """Makes the model unless there is one of this name; whether it did. Waits for one who is making it now."""
         ...
 
-    async def named(self, name: str) -> bool:
-        """Whether there is a model of this name, without locking it."""
-        ...
-
     async def save(self, model: Model) -> None:
-        """Stores what has changed, its events and its rows of the audit log."""
+        """Stores what has changed, its events and its rows of the audit log. Raises errors.Taken when another model has its new name."""
         ...
 
     async def awaiting(self, delivery: str) -> Sequence[UUID]:
@@ -128,6 +161,28 @@ class ModelRepository(Protocol):
 
     async def views(self, model: str, below: int, limit: int) -> Sequence[VersionView] | None:
         """Newest first, those numbered below `below` (0: all); None when there is no such model."""
+        ...
+
+
+class CatalogueReader(Protocol):
+    """Models and versions as clients list and search them. What was deleted is not there."""
+
+    async def model(self, name: str) -> CatalogueEntry | None: ...
+
+    async def models(
+        self, conditions: Sequence[Condition], prompts: bool, order: Sequence[Ordering], offset: int, limit: int
+    ) -> Sequence[CatalogueEntry]:
+        """Those for which all conditions hold; of prompts and models only the one or the other."""
+        ...
+
+    async def version(self, name: str, number: int) -> CataloguedVersion | None: ...
+
+    async def by_alias(self, name: str, alias: str) -> CataloguedVersion | None: ...
+
+    async def versions(
+        self, conditions: Sequence[Condition], prompts: bool, order: Sequence[Ordering], offset: int, limit: int
+    ) -> Sequence[CataloguedVersion]:
+        """Those for which all conditions hold; of prompts and models only the one or the other."""
         ...
 
 
@@ -165,6 +220,9 @@ class Session(Protocol):
 
     @property
     def models(self) -> ModelRepository: ...
+
+    @property
+    def catalogue(self) -> CatalogueReader: ...
 
     @property
     def keys(self) -> KeyRepository: ...

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import delete, insert, or_, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from registry.adapters.audit import SqlAudit
@@ -16,6 +17,7 @@ from registry.adapters.outgoing import Outgoing
 from registry.adapters.tables import approval, approval_vote, model, model_alias, model_version
 from registry.adapters.webhooks import WebhookQueue
 from registry.domain.approvals import Approval, ApprovalStatus, Vote
+from registry.domain.errors import Taken
 from registry.domain.models import CHAMPION, Model
 from registry.domain.versions import Deliverable, Evidence, Journey, Origin, Stage, Version
 from registry.ports import ModelSummary, VersionView
@@ -80,9 +82,6 @@ class SqlModels:
         made = upsert(model).values(row).on_conflict_do_nothing(index_elements=["name"], index_where=~model.c.deleted)
         return (await self._conn.execute(made.returning(model.c.id))).first() is not None
 
-    async def named(self, name: str) -> bool:
-        return (await self._conn.execute(select(model.c.id).where(_named(name)))).first() is not None
-
     async def save(self, changed: Model) -> None:
         versions, approvals, aliases = self._loaded[changed.model_id]
         # What leaves production goes first: the database allows no second version there, not even in between.
@@ -108,7 +107,12 @@ class SqlModels:
             await self._webhooks.add(request)
         fields = ("name", "latest", "champion", "previous", "sequence", "description", "tags", "updated_at", "deleted")
         head = {field: getattr(changed, field) for field in fields}
-        await self._conn.execute(update(model).where(model.c.id == changed.model_id).values(head))
+        try:
+            await self._conn.execute(update(model).where(model.c.id == changed.model_id).values(head))
+        except IntegrityError as error:
+            if "model_name" not in str(error.orig):
+                raise
+            raise Taken(f"Registered Model (name={changed.name}) already exists.") from error
         self._loaded.pop(changed.model_id)
 
     async def awaiting(self, delivery: str) -> Sequence[UUID]:

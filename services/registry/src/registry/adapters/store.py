@@ -10,6 +10,7 @@ from servicekit.clock import Clock, Ids
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from registry.adapters.audit import SqlAudit
+from registry.adapters.catalogue import SqlCatalogue
 from registry.adapters.deliveries import SqlDeliveries
 from registry.adapters.keys import SqlKeys
 from registry.adapters.models import SqlModels
@@ -25,6 +26,7 @@ class SqlSession:
         outgoing = Outgoing(conn, outbox, encode, clock, ids)
         self.audit = SqlAudit(conn)
         self.deliveries = SqlDeliveries(conn, outgoing, clock)
+        self.catalogue = SqlCatalogue(conn)
         self.keys = SqlKeys(conn, outgoing, clock)
         self.models = SqlModels(conn, outgoing, self.audit, WebhookQueue(conn, clock, ids, enabled=webhooks))
 

@@ -100,10 +100,13 @@ class Versions:
         self._clock = clock
         self._ids = ids
 
-    async def promote(self, caller: Caller, name: str, number: int, reason: str = "", override: bool = False) -> VersionView:
+    async def promote(
+        self, caller: Caller, name: str, number: int, reason: str = "", override: bool = False, *, repeatable: bool = False
+    ) -> VersionView:
         """Starts a version on its way to production, as a passed evaluation does, and answers how far it got: `reason` says it.
 
-        `override` passes the gates by; admins only, recorded. Raises NotFound, Conflict, Forbidden.
+        `override` passes the gates by; admins only, recorded. Raises NotFound, Forbidden, and Conflict, also for the champion itself
+        unless it is `repeatable`.
         """
         if override and "admin" not in caller.roles:
             raise Forbidden("only an admin passes the gates by")
@@ -111,6 +114,8 @@ class Versions:
         with told():
             async with self._store.transaction() as session:
                 policy, model = await self._locked(session, name, number)
+                if repeatable and number == model.champion:
+                    return _view(model, number)
                 model.promote(number, policy, by, self._ids.uuid7, override)
                 await session.models.save(model)
                 return _view(model, number)
@@ -125,7 +130,7 @@ class Versions:
         if stage not in list(Stage):
             raise Invalid("not a stage", [Violation("stage", f"must be one of {', '.join(Stage)}")])
         if stage == Stage.PRODUCTION:
-            return await self.promote(caller, name, number, reason)
+            return await self.promote(caller, name, number, reason, repeatable=True)
         by = self._by(caller, reason)
         with told():
             async with self._store.transaction() as session:
@@ -137,7 +142,7 @@ class Versions:
     async def set_alias(self, caller: Caller, name: str, alias: str, number: int) -> VersionView:
         """Points an alias at a version; `champion` is `promote`. Repeatable."""
         if alias == CHAMPION:
-            return await self.promote(caller, name, number, f"alias {CHAMPION} asked for")
+            return await self.promote(caller, name, number, f"alias {CHAMPION} asked for", repeatable=True)
         by = self._by(caller, "")
         with told():
             async with self._store.transaction() as session:
