@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from uuid import UUID
 
 import asyncpg
 import grpc
+import httpx
 import pytest
 from contracts.deployer.v1 import events_pb2 as deployer_pb
 from contracts.evaluator.v1 import events_pb2 as evaluator_pb
@@ -28,7 +30,7 @@ from pydantic import SecretStr
 from registry.bootstrap import MIGRATIONS, build
 from registry.settings import RegistrySettings
 from servicekit import migrate
-from servicekit.access import Caller, Rule, hash_secret, new_service_token
+from servicekit.access import Caller, Rule, hash_secret, identity_metadata, new_service_token
 from servicekit.clock import SystemIds
 from servicekit.lifecycle import Component
 from servicekit.rpc import Server, acting_for, channel
@@ -82,6 +84,49 @@ class Sections(service_pb2_grpc.DeliverySectionServiceServicer):
         return service_pb2.ValidateSectionResponse(violations=self.violations, loosened=self.loosened)
 
 
+class Mlflow:
+    """MLflow's API, asked in this process. What is no success raises `Answered`."""
+
+    def __init__(self, http: Any, headers: dict[str, str]) -> None:
+        self.http = http
+        self.headers = headers
+
+    async def send(self, method: str, path: str, **said: Any) -> httpx.Response:
+        """The answer, whatever it is; `said` is the query of a GET and else the body."""
+        # With escapes for all that is not ASCII, so that half a surrogate pair can be said too.
+        sent: dict[str, Any] = {"params": said} if method == "GET" else {"content": json.dumps(said)}
+        headers = self.headers | {"content-type": "application/json"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=self.http), base_url="http://registry") as client:
+            return await client.request(method, f"/api/2.0/mlflow/{path}", headers=headers, **sent)
+
+    async def __call__(self, method: str, path: str, **said: Any) -> Any:
+        answer = await self.send(method, path, **said)
+        if not answer.is_success:
+            raise Answered(answer.status_code, **answer.json())
+        return answer.json()
+
+    async def model(self, name: str = "flights", **said: Any) -> Any:
+        return (await self("POST", "registered-models/create", name=name, **said))["registered_model"]
+
+    async def version(self, source: str = "runs:/r1/model", name: str = "flights", **said: Any) -> Any:
+        return (await self("POST", "model-versions/create", name=name, source=source, **said))["model_version"]
+
+    async def get(self, version: int, name: str = "flights") -> Any:
+        return (await self("GET", "model-versions/get", name=name, version=str(version)))["model_version"]
+
+    async def move(self, version: int, stage: str, **said: Any) -> Any:
+        asked = {"name": "flights", "version": str(version), "stage": stage, **said}
+        return (await self("POST", "model-versions/transition-stage", **asked))["model_version"]
+
+
+class Answered(Exception):
+    """An error as MLflow's API tells it."""
+
+    def __init__(self, status: int, error_code: str, message: str) -> None:
+        super().__init__(f"{status} {error_code}: {message}")
+        self.code = error_code
+
+
 @dataclass
 class Told:
     """An event that the registry published."""
@@ -107,8 +152,15 @@ class Registry:
     access: Any
     channel: grpc.aio.Channel
     components: list[Component]
+    gateway_token: str
     sequences: Counter[tuple[str, str]] = field(default_factory=Counter)
     ids: SystemIds = field(default_factory=SystemIds)
+
+    def mlflow(self, user: str = "ed", *roles: str, run: str = "") -> Mlflow:
+        """MLflow's API as this person reaches it, or the holder of a run's token; without roles an editor."""
+        (http,) = [component.http for component in self.components if hasattr(component, "http")]
+        caller = Caller("gateway", user, frozenset() if run else frozenset(roles or ("editor",)), run or None)
+        return Mlflow(http, {"authorization": f"Bearer {self.gateway_token}", **dict(identity_metadata(caller))})
 
     @contextmanager
     def user(self, name: str, *roles: str) -> Iterator[None]:
@@ -287,6 +339,7 @@ async def make_registry(database: Any) -> AsyncIterator[Callable[..., Awaitable[
             service_pb2_grpc.AccessServiceStub(to_registry),
             to_registry,
             list(built),
+            gateway_token,
         )
 
     yield make

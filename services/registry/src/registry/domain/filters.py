@@ -13,7 +13,7 @@ from enum import Enum
 from registry.domain.errors import Malformed, TooLarge
 from registry.domain.names import check_text
 
-MAX_FILTER = 100_000
+MAX_FILTER = 50_000
 """Characters; a list of runs can be long."""
 
 MAX_CONDITIONS = 50
