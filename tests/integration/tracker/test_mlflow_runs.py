@@ -185,7 +185,7 @@ async def test_a_deleted_run_takes_nothing_until_it_is_restored(door: Any) -> No
         await door.post("/runs/delete", {"run_id": run_id})
     assert (await door.run(run_id))["info"]["lifecycle_stage"] == "deleted"
     dataset = {"name": "d", "digest": "1", "source_type": "local", "source": "{}"}
-    for path, body in {
+    bodies: dict[str, dict[str, Any]] = {
         "log-metric": {"key": "loss", "value": 2, "timestamp": 2},
         "log-parameter": {"key": "lr", "value": "1"},
         "log-batch": {"params": [{"key": "lr", "value": "1"}]},
@@ -195,7 +195,8 @@ async def test_a_deleted_run_takes_nothing_until_it_is_restored(door: Any) -> No
         "log-inputs": {"datasets": [{"dataset": dataset}]},
         "outputs": {"models": [{"model_id": "m-1", "step": 0}]},
         "log-model": {"model_json": '{"artifact_path": "m", "flavors": {}, "utc_time_created": "", "run_id": ""}'},
-    }.items():
+    }
+    for path, body in bodies.items():
         status, code, message = await door.refused(f"/runs/{path}", {"run_id": run_id, **body})
         assert (status, code) == (400, "INVALID_PARAMETER_VALUE"), path
         assert "must be in the 'active' state" in message
