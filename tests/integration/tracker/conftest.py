@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from servicekit.access import Caller
 from servicekit.clock import SystemClock, SystemIds
 from servicekit.errors import Unauthenticated
 from servicekit.http import HttpServer
+from servicekit.rest import Endpoint
 from servicekit.settings import ServiceSettings
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -72,10 +73,12 @@ async def stored(database: Any) -> AsyncIterator[Stored]:
 
 @dataclass(frozen=True)
 class Running:
-    """A tracker that serves; `stub(service)` calls it as that service. `http` is its HTTP address, `tokens` are those of services."""
+    """A tracker that serves; `stub(service)` calls it as that service. `http` is its HTTP address, `endpoints` what is served there,
+    `tokens` are those of services."""
 
     stub: Callable[[str], service_pb2_grpc.TrackerServiceStub]
     http: str
+    endpoints: Sequence[Endpoint]
     tokens: dict[str, str]
     settings: TrackerSettings
     database: Any
@@ -116,6 +119,7 @@ def _starter(
     async def start() -> Running:
         await migrate.upgrade(settings.database_url, SCHEMA, bootstrap.MIGRATIONS)
         ports: dict[str, int] = {}
+        endpoints: list[Endpoint] = []
         for component in bootstrap.build(settings):
             await component.start()
             stack.push_async_callback(component.stop)
@@ -125,6 +129,7 @@ def _starter(
                 await server.start()
                 stack.push_async_callback(server.stop)
                 ports.update(server.listening())
+                endpoints.extend(component.http.endpoints)
 
         def stub(service: str) -> service_pb2_grpc.TrackerServiceStub:
             channel = rpc.channel(f"127.0.0.1:{ports['grpc']}", ServiceSettings(service_token=SecretStr(tokens[service][0])))
@@ -132,7 +137,7 @@ def _starter(
             return service_pb2_grpc.TrackerServiceStub(channel)
 
         secrets = {name: secret for name, (secret, _) in tokens.items()}
-        return Running(stub, f"127.0.0.1:{ports['http']}", secrets, settings, database, topic_prefix)
+        return Running(stub, f"127.0.0.1:{ports['http']}", endpoints, secrets, settings, database, topic_prefix)
 
     return start, stack.aclose
 
