@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from localstack.cache import cache_dir, exclusive
-from uv import find_uv_bin
 
-LOCK = Path(__file__).parents[1] / "mlflow" / "server" / "requirements.lock"
 _START_S = 180.0
 WORKERS = 2
 """As many as the machine of the reference has cores; its own default is 4."""
@@ -45,7 +40,16 @@ def mlflow_server(database_url: str, folder: Path) -> Iterator[MlflowServer]:
     a minute the first time. Raises RuntimeError when it does not."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(_environment() / "bin" / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", str(WORKERS)]
+    command = [
+        str(environments.python("server").with_name("mlflow")),
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        str(WORKERS),
+    ]
     command += ["--backend-store-uri", database_url, "--artifacts-destination", str(folder / "artifacts")]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "NO_PROXY": "*"}
     with (folder / "mlflow.log").open("wb") as log:
@@ -72,19 +76,3 @@ def _answers(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _environment() -> Path:
-    """Its environment, made once for each lock and kept with the downloads. Blocks for minutes the first time."""
-    name = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:16]
-    target = cache_dir() / "bench-mlflow" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(target.with_suffix(".lock")):
-        if not (target / "complete").exists():
-            for words in (
-                ["venv", "--quiet", "--clear", "--python", sys.executable, str(target)],
-                ["pip", "sync", "--quiet", "--require-hashes", "--python", str(target / "bin" / "python"), str(LOCK)],
-            ):
-                subprocess.run([find_uv_bin(), *words], check=True)
-            (target / "complete").touch()
-    return target
