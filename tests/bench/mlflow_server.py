@@ -41,7 +41,7 @@ def mlflow_server(database_url: str, folder: Path) -> Iterator[MlflowServer]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
-        str(environments.python("server").with_name("mlflow")),
+        str(clients.python("server").with_name("mlflow")),
         "server",
         "--host",
         "127.0.0.1",
