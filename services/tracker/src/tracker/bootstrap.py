@@ -19,6 +19,7 @@ from servicekit.rpc import Server
 from servicekit.scratch import Scratch
 from servicekit.settings import parse_token_hashes
 
+from tracker.adapters.history import SqlHistories
 from tracker.adapters.search import SqlSearches
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
@@ -30,6 +31,7 @@ from tracker.entrypoints.mlflow.api import MlflowApi
 from tracker.entrypoints.translate import EventEncoder
 from tracker.experiments import Experiments
 from tracker.handlers import Tracker
+from tracker.histories import Histories
 from tracker.searches import Searches
 from tracker.settings import TrackerSettings
 
@@ -57,7 +59,14 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(experiments, tracker, deliverables), SERVICE)
     searches = Searches(SqlSearches(engine, settings.search_timeout_s), extended=settings.extended_filters)
-    api = MlflowApi(experiments, tracker, Amendments(store, clock), searches, parse_token_hashes(settings.service_token_hashes))
+    api = MlflowApi(
+        experiments,
+        tracker,
+        Amendments(store, clock),
+        searches,
+        Histories(SqlHistories(engine)),
+        parse_token_hashes(settings.service_token_hashes),
+    )
     return [
         Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
         scratch,

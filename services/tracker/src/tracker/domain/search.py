@@ -54,12 +54,12 @@ class FoundExperiment:
     place: Place
 
 
-def page_token(query: Query, place: Place) -> str:
-    """A token that only the same search takes. It holds nothing that its owner may not know, so it is not signed."""
-    return base64.urlsafe_b64encode(json.dumps([_mark(query), *place]).encode()).decode()
+def page_token(search: object, place: Place) -> str:
+    """A token that only a search of the same repr takes. It holds nothing that its owner may not know, so it is not signed."""
+    return base64.urlsafe_b64encode(json.dumps([_mark(search), *place]).encode()).decode()
 
 
-def page_place(query: Query, token: str, kinds: Sequence[type]) -> Place | None:
+def page_place(search: object, token: str, kinds: Sequence[type]) -> Place | None:
     """The place that a token stands for; None for "". `kinds` are its values' types. Raises Rejected for a token of another search."""
     if not token:
         return None
@@ -68,7 +68,7 @@ def page_place(query: Query, token: str, kinds: Sequence[type]) -> Place | None:
     except (ValueError, TypeError, binascii.Error, RecursionError):
         raise _foreign() from None
     fits = len(place) == len(kinds) and all(map(_is_of, place, kinds))
-    if mark != _mark(query) or not fits:
+    if mark != _mark(search) or not fits:
         raise _foreign()
     return tuple(place)
 
@@ -81,8 +81,8 @@ def kinds_of(order: Sequence[OrderBy], words: Vocabulary) -> list[type]:
     ]
 
 
-def _mark(query: Query) -> str:
-    return hashlib.sha256(repr(query).encode()).hexdigest()[:24]
+def _mark(search: object) -> str:
+    return hashlib.sha256(repr(search).encode()).hexdigest()[:24]
 
 
 def _is_of(value: object, kind: type) -> bool:

@@ -12,10 +12,12 @@ from tracker.entrypoints.mlflow import about
 from tracker.entrypoints.mlflow.experiments import ExperimentsApi
 from tracker.entrypoints.mlflow.inputs import InputsApi
 from tracker.entrypoints.mlflow.logging import LoggingApi
+from tracker.entrypoints.mlflow.metrics import MetricsApi
 from tracker.entrypoints.mlflow.runs import RunsApi
 from tracker.entrypoints.mlflow.search import SearchApi
 from tracker.experiments import Experiments
 from tracker.handlers import Tracker
+from tracker.histories import Histories
 from tracker.searches import Searches
 
 
@@ -30,6 +32,7 @@ class MlflowApi:
         tracker: Tracker,
         amendments: Amendments,
         searches: Searches,
+        histories: Histories,
         token_hashes: Mapping[str, str],
     ) -> None:
         endpoints = [
@@ -38,6 +41,7 @@ class MlflowApi:
             *LoggingApi(tracker, amendments).endpoints(),
             *InputsApi(amendments).endpoints(),
             *SearchApi(searches).endpoints(),
+            *MetricsApi(histories).endpoints(),
             *about.endpoints(),
         ]
         self.http = RestApi(endpoints, token_hashes, mlflow.told, mlflow.missing)
