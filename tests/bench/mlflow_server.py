@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.mlflow import clients
+
 _START_S = 180.0
 WORKERS = 2
 """As many as the machine of the reference has cores; its own default is 4."""
