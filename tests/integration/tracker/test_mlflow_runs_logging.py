@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 from typing import Any
 
 import pytest
 from servicekit import db
+from servicekit.access import Caller
+from servicekit.errors import Conflict, Forbidden
 from sqlalchemy import text
+from tracker.domain.run import Metric, Status
+from tracker.handlers import NewRun, end_run
 
 HUGE = sys.float_info.max
 
@@ -226,3 +231,52 @@ async def test_a_metric_that_is_not_a_number_does_not_hide_the_later_one(door: A
         body = {"run_id": run_id, "key": "m", "value": "NaN" if math.isnan(value) else value, "timestamp": 1, "step": step}
         await door.post("/runs/log-metric", body)
     assert (await door.run(run_id))["data"]["metrics"] == [{"key": "m", "value": 0.25, "timestamp": 1, "step": 4}]
+
+
+async def test_a_point_waits_for_an_end_and_comes_after_it(stored: Any, editor: Caller) -> None:
+    view, _ = await stored.tracker.create_run(editor, NewRun(0))
+    run_id = view.run.run_id
+    script = Caller("gateway", f"run:{run_id}", frozenset(), run_id, 0)
+    async with stored.store.transaction() as work:
+        run = await work.runs.lock(run_id)
+        late = [asyncio.create_task(stored.tracker.log_metric(who, run_id, Metric("m", 1.0, 1, 0))) for who in (editor, script)]
+        waiting = "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        async with asyncio.timeout(60):
+            while True:
+                if (await stored.rows(waiting))[0].n == 2:
+                    break
+                await asyncio.sleep(0.01)
+        await end_run(work, run, Status.FINISHED, 5, "")
+    by_person, by_token = await asyncio.gather(*late, return_exceptions=True)
+    assert by_person is None
+    assert isinstance(by_token, Conflict)
+    assert "has ended" in by_token.message
+
+
+async def test_a_point_of_an_older_attempt_is_refused(stored: Any, trainer: Caller) -> None:
+    views = [await stored.tracker.create_run(trainer, NewRun(0, request_id="job:1", fencing_token=fence)) for fence in (5, 6)]
+    run_id = views[0][0].run.run_id
+    older, newer = (Caller("gateway", f"run:{run_id}", frozenset(), run_id, fence) for fence in (5, 6))
+    await stored.tracker.log_metric(newer, run_id, Metric("m", 1.0, 1, 0))
+    with pytest.raises(Conflict, match="newer attempt"):
+        await stored.tracker.log_metric(older, run_id, Metric("m", 2.0, 1, 1))
+    other, _ = await stored.tracker.create_run(trainer, NewRun(0))
+    with pytest.raises(Forbidden):
+        await stored.tracker.log_metric(newer, other.run.run_id, Metric("m", 2.0, 1, 1))
+    with pytest.raises(Forbidden):
+        await stored.tracker.log_metric(Caller("gateway", "vic", frozenset({"viewer"})), run_id, Metric("m", 2.0, 1, 1))
+    assert len(await stored.rows("SELECT 1 FROM tracker.metric_point")) == 1
+
+
+async def test_a_point_is_stored_though_the_connection_for_it_has_died(door: Any) -> None:
+    run_id = await new_run(door)
+    body = {"run_id": run_id, "key": "m", "value": 1, "timestamp": 1}
+    await door.post("/runs/log-metric", body)
+    engine = db.create_engine(door.running.settings.database_url)
+    kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    async with engine.connect() as conn:
+        assert len(list(await conn.execute(text(kill)))) > 1
+    await engine.dispose()
+    await door.post("/runs/log-metric", {**body, "step": 1})
+    await door.post("/runs/log-metric", {**body, "step": 2})
+    assert len(await points(door)) == 3

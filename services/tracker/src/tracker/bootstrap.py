@@ -44,7 +44,8 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     engine = db.create_engine(settings.database_url)
     broker = KafkaBroker(settings.kafka_bootstrap, settings.service_name)
     outbox = Outbox(eventing_schema.tables(SCHEMA))
-    store = SqlStore(engine, outbox, EventEncoder(clock, ids))
+    points = db.create_engine(settings.database_url, pre_ping=False)
+    store = SqlStore(engine, outbox, EventEncoder(clock, ids), points)
     objects = S3Store(settings.s3)
     scratch = Scratch(settings.state_dir)
     experiments = Experiments(store, clock)
@@ -68,7 +69,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
         parse_token_hashes(settings.service_token_hashes),
     )
     return [
-        Closing(deliverables.close, broker.close, objects.stop, engine.dispose),
+        Closing(deliverables.close, broker.close, objects.stop, points.dispose, engine.dispose),
         scratch,
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
         LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),

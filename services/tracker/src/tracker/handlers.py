@@ -202,6 +202,16 @@ class Tracker:
             facts = await work.runs.facts([run.run_id for run in runs])
         return [RunView(run, facts[run.run_id]) for run in runs]
 
+    async def log_metric(self, caller: Caller, run_id: str, metric: Metric) -> None:
+        """One point, as `log_batch` logs it: quicker for a run that runs."""
+        with told():
+            rules.check_batch([metric], {}, {})
+        if caller.run_id is None:
+            require_role(caller, *WRITERS)
+        if caller.run_id in (None, run_id) and await self._store.log_point(run_id, metric, caller.fencing_token):
+            return
+        await self.log_batch(caller, run_id, [metric], {}, {})
+
     async def log_batch(
         self,
         caller: Caller,

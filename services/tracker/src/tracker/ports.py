@@ -269,3 +269,10 @@ class Store(Protocol):
     """Where the tracker keeps what it knows."""
 
     def transaction(self) -> AbstractAsyncContextManager[UnitOfWork]: ...
+
+    async def log_point(self, run_id: str, metric: Metric, fencing_token: int | None) -> bool:
+        """Stores one point of a run that runs, for the attempt of a token or (None) for anybody, in one round trip.
+
+        False when nothing was stored: then a transaction does it, or tells why it cannot be done. Repeatable.
+        """
+        ...

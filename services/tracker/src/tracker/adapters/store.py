@@ -12,9 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from tracker.adapters.artifacts import SqlArtifacts, SqlDatasets
 from tracker.adapters.experiments import SqlExperiments
 from tracker.adapters.logged_models import SqlLoggedModels
+from tracker.adapters.quick import QuickLog
 from tracker.adapters.records import SqlRecords
 from tracker.adapters.runs import SqlRuns
-from tracker.domain.run import Event
+from tracker.domain.run import Event, Metric
 
 Encode = Callable[[Event], Envelope]
 """How a domain event is written for the wire; the entry points know that."""
@@ -43,8 +44,10 @@ class SqlUnitOfWork:
 class SqlStore:
     """Implements `ports.Store`."""
 
-    def __init__(self, engine: AsyncEngine, outbox: Outbox, encode: Encode) -> None:
+    def __init__(self, engine: AsyncEngine, outbox: Outbox, encode: Encode, points: AsyncEngine | None = None) -> None:
+        """`points`: an engine for single points, which need no test of a connection before it is used; else they share `engine`."""
         self._engine = engine
+        self._quick = QuickLog(points or engine)
         self._outbox = outbox
         self._encode = encode
 
@@ -55,3 +58,6 @@ class SqlStore:
             yield work
         if work.emitted:
             self._outbox.committed()
+
+    async def log_point(self, run_id: str, metric: Metric, fencing_token: int | None) -> bool:
+        return await self._quick.point(run_id, metric, fencing_token)

@@ -76,7 +76,11 @@ class LoggingApi:
     async def _log_metric(self, request: Request) -> Response:
         asked = await mlflow.read(request, _Metric)
         run_id = required("run_id", asked.run_id or asked.run_uuid)
-        await self._log(run_id, [asked], [asked.metric("")], {}, {})
+        metric = asked.metric("")
+        if asked.model_id:
+            await self._log(run_id, [asked], [metric], {}, {})
+        else:
+            await self._tracker.log_metric(current_caller(), run_id, metric)
         return mlflow.answer({})
 
     async def _log_param(self, request: Request) -> Response:
