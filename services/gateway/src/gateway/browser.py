@@ -57,7 +57,7 @@ class Hosts:
             raise Forbidden(f"{host[:100]!r} is not a name of this server: HEADRACE_PUBLIC_URLS lists those that browsers may use")
         # Which of the two it is stands before the proxy, if there is one.
         origins = frozenset({f"http://{host}", f"https://{host}"})
-        return Site(origins, headers.get("origin", "").startswith("https://"))
+        return Site(origins, headers.get("origin", "").lower() == f"https://{host}")
 
 
 def check(site: Site, method: str, headers: Mapping[str, str]) -> None:
