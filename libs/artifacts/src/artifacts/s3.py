@@ -110,7 +110,7 @@ class S3Store:
             self._client._put_object(self._bucket, key, data, {SHA256: computed, "Content-Type": "application/octet-stream"})
             return computed
 
-        return Stored(key, len(data), await self._run(put))
+        return Stored(key, len(data), await self._to_its_end(put))
 
     async def _put_parts(self, key: str, first: list[bytes], rest: AsyncIterator[bytes], sha256: str | None, record: bool) -> Stored:
         """Uploads part by part, the next being read while one is sent. The upload is aborted when anything goes wrong."""
@@ -140,7 +140,7 @@ class S3Store:
                     break
             computed = digest.hexdigest()
             expect(key, sha256, computed)
-            await self._run(lambda: self._client._complete_multipart_upload(self._bucket, key, upload_id, sent))
+            await self._to_its_end(lambda: self._client._complete_multipart_upload(self._bucket, key, upload_id, sent))
         except BaseException:
             await asyncio.shield(self._abandon(key, upload_id, sending))
             raise
@@ -297,6 +297,15 @@ class S3Store:
             region=location.region,
             http_client=self._http,
         )
+
+    async def _to_its_end(self, function: Callable[..., T]) -> T:
+        """As `_run`, and when it is cancelled the function has ended too: what is deleted next is not put after that."""
+        running = asyncio.ensure_future(self._run(function))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Calls a blocking function in a thread of the pool, and its errors by our names."""

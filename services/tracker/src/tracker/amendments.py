@@ -17,7 +17,7 @@ from tracker.domain.errors import Problem, Rejected
 from tracker.domain.record import DatasetInput, ModelOutput, Record, check_dataset_inputs, check_models
 from tracker.domain.run import Run, Status
 from tracker.domain.tags import LOGGED_MODELS, PARENT, RUN_NAME, told_by
-from tracker.handlers import WRITERS, end_run, found_run, may_read, may_write, told
+from tracker.handlers import WRITERS, BeforeEnd, end_run, found_run, may_read, may_write, nothing_before, told
 from tracker.ports import Store, UnitOfWork
 
 MAX_LOGGED_MODELS = 200_000
@@ -27,7 +27,8 @@ MAX_LOGGED_MODELS = 200_000
 class Amendments:
     """Runs as MLflow's API reads and changes them."""
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, before_end: BeforeEnd = nothing_before) -> None:
+        self._before_end = before_end
         self._store = store
         self._clock = clock
 
@@ -54,6 +55,8 @@ class Amendments:
                 problems.append(Problem("end_time", "milliseconds since 1970, before the year 10000"))
             if problems:
                 raise Rejected(problems)
+        if status is Status.FINISHED:
+            await self._before_end(caller, run_id)
         async with self._store.transaction() as work:
             run = found_run(await work.runs.lock(run_id), run_id)
             if caller.run_id == run_id and run.ended and status is run.status:

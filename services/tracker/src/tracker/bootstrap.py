@@ -23,7 +23,9 @@ from tracker.adapters.history import SqlHistories
 from tracker.adapters.search import SqlSearches
 from tracker.adapters.store import SqlStore
 from tracker.adapters.tables import SCHEMA
+from tracker.adoption import Adoption
 from tracker.amendments import Amendments
+from tracker.artifacts import Artifacts
 from tracker.deliverables import Deliverables
 from tracker.entrypoints.grpc import ACCESS, SERVICE, TrackerServicer
 from tracker.entrypoints.leases import LeaseWatch
@@ -32,6 +34,7 @@ from tracker.entrypoints.translate import EventEncoder
 from tracker.experiments import Experiments
 from tracker.handlers import Tracker
 from tracker.histories import Histories
+from tracker.logged_models import LoggedModels
 from tracker.searches import Searches
 from tracker.settings import TrackerSettings
 
@@ -49,23 +52,28 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
     objects = S3Store(settings.s3)
     scratch = Scratch(settings.state_dir)
     experiments = Experiments(store, clock)
+    adoption = Adoption(store, objects, clock, work_dir=scratch.path)
     tracker = Tracker(
         store,
         clock,
         ids,
+        before_end=adoption.of_run,
         token_secret=settings.run_token_secret.get_secret_value(),
         token_ttl=timedelta(seconds=settings.run_token_ttl_s),
     )
     deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s, work_dir=scratch.path)
+    artifacts = Artifacts(store, objects, deliverables, ids, url_ttl_s=settings.download_url_ttl_s)
     server = Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(experiments, tracker, deliverables), SERVICE)
     searches = Searches(SqlSearches(engine, settings.search_timeout_s), extended=settings.extended_filters)
     api = MlflowApi(
         experiments,
         tracker,
-        Amendments(store, clock),
+        Amendments(store, clock, adoption.of_run),
         searches,
         Histories(SqlHistories(engine)),
+        artifacts,
+        LoggedModels(store, adoption, clock, ids),
         parse_token_hashes(settings.service_token_hashes),
     )
     return [

@@ -21,6 +21,7 @@ from servicekit.access import GATEWAY, Caller, require_role
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Conflict, Forbidden, Invalid, NotFound, TooLarge, Violation
 
+from tracker import owners
 from tracker.domain import artifact as rules
 from tracker.domain.artifact import Artifact, Dataset, Upload
 from tracker.domain.errors import Problem, Rejected
@@ -101,7 +102,8 @@ class Deliverables:
             return upload.object
         task = self._verifying.get(upload_id)
         if task is None:
-            task = self._verifying[upload_id] = asyncio.create_task(self._complete(upload, part_etags), name=f"verify {upload_id}")
+            verification = self._complete(caller, upload, part_etags)
+            task = self._verifying[upload_id] = asyncio.create_task(verification, name=f"verify {upload_id}")
             task.add_done_callback(lambda done: self._verified(upload_id, done))
         return await asyncio.shield(task)
 
@@ -212,7 +214,7 @@ class Deliverables:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _complete(self, upload: Upload, part_etags: Sequence[str]) -> BlobRef:
+    async def _complete(self, caller: Caller, upload: Upload, part_etags: Sequence[str]) -> BlobRef:
         wanted = upload.object
         parts = [Part(number, etag) for number, etag in enumerate(part_etags, start=1)]
         # Not known any more: joined by an earlier call that did not get to its end. Then the object is there, and it is what counts.
@@ -232,9 +234,22 @@ class Deliverables:
                 Violation("sha256", f"{wanted.sha256} was announced, {arrived.sha256} arrived"),
             ]
             raise Invalid("the bytes that arrived are not those that were announced", violations)
-        async with self._store.transaction() as work:
-            await work.artifacts.complete_upload(dataclasses.replace(upload, object=wanted))
+        try:
+            async with self._store.transaction() as work:
+                await self._may_keep(caller, work, upload, wanted)
+                await work.artifacts.complete_upload(dataclasses.replace(upload, object=wanted))
+        except Invalid:
+            await self._discard(upload)
+            raise
         return wanted
+
+    async def _may_keep(self, caller: Caller, work: UnitOfWork, upload: Upload, content: BlobRef) -> None:
+        """Asked again when the bytes are there: the run may have ended meanwhile."""
+        if upload.owner:
+            owner = await owners.writable(work, caller, upload.owner)
+            there = await work.artifacts.get(upload.owner, upload.path)
+            if there is not None and there.object.sha256 != content.sha256:
+                await owners.check_replaceable(work, owner, there)
 
     def _verified(self, upload_id: str, task: asyncio.Task[BlobRef]) -> None:
         self._verifying.pop(upload_id, None)
@@ -277,9 +292,9 @@ class Deliverables:
         url = await self._objects.presign_get(target.key, self._url_ttl_s)
         return Download(url, target, "" if caller.service == GATEWAY else target.key)
 
-    async def _may_upload(self, caller: Caller, work: UnitOfWork, run_id: str) -> None:
-        if run_id:
-            may_write(caller, found_run(await work.runs.get(run_id), run_id))
+    async def _may_upload(self, caller: Caller, work: UnitOfWork, owner: str) -> None:
+        if owner:
+            await owners.writable(work, caller, owner)
         elif caller.run_id is not None:
             raise Forbidden("a run token does not write data sets")
         else:

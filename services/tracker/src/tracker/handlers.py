@@ -7,7 +7,7 @@ store as well, in `deliverables`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -131,10 +131,21 @@ def no_training_on(asked: Dataset, holdout: Dataset) -> str:
     return f"{asked.name} version {asked.version} is {what}: models are judged on it, so no run may read it"
 
 
+BeforeEnd = Callable[[Caller, str], Awaitable[None]]
+"""What is done to a run before it ends well, outside of the transaction in which it ends. Repeatable."""
+
+
+async def nothing_before(caller: Caller, run_id: str) -> None:
+    """For a tracker without an object store."""
+
+
 class Tracker:
     """Runs, metrics and data sets."""
 
-    def __init__(self, store: Store, clock: Clock, ids: Ids, *, token_secret: str, token_ttl: timedelta) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, ids: Ids, *, token_secret: str, token_ttl: timedelta, before_end: BeforeEnd = nothing_before
+    ) -> None:
+        self._before_end = before_end
         self._store = store
         self._clock = clock
         self._ids = ids
@@ -258,6 +269,8 @@ class Tracker:
         if not 0 <= finished_ms <= rules.MAX_TIME_MS:
             raise Invalid("the input is not valid", [Violation("finished_ms", "milliseconds since 1970; 0: now")])
         reason = reason.replace("\x00", "")[: rules.MAX_PARAM]
+        if status == Status.FINISHED:
+            await self._before_end(caller, run_id)
         async with self._store.transaction() as work:
             run = found_run(await work.runs.lock(run_id), run_id)
             with told():

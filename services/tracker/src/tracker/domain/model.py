@@ -117,6 +117,17 @@ def check_samples(data: bytes, signature: Signature) -> int:
     return counts.pop()
 
 
+def check_inputs(inputs: Mapping[str, Any], signature: Signature) -> int:
+    """Checks rows of the inputs alone, as `check_samples` does, and returns how many there are. Raises Rejected."""
+    counts: set[int] = set()
+    problems = list(_check_side("inputs", signature.inputs, inputs, counts))
+    if not problems and (len(counts) != 1 or not 1 <= min(counts) <= MAX_SAMPLE_ROWS):
+        problems.append(Problem("samples.inputs", f"1 to {MAX_SAMPLE_ROWS} rows are needed, of each input as many"))
+    if problems:
+        raise Rejected(problems)
+    return counts.pop()
+
+
 def _check_side(side: str, tensors: Sequence[TensorSpec], given: Any, counts: set[int]) -> Iterator[Problem]:
     if not isinstance(given, Mapping):
         yield Problem(f"samples.{side}", "an object of tensors by name is needed")

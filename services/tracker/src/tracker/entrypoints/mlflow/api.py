@@ -8,9 +8,12 @@ from servicekit import mlflow
 from servicekit.rest import RestApi
 
 from tracker.amendments import Amendments
+from tracker.artifacts import Artifacts
 from tracker.entrypoints.mlflow import about
+from tracker.entrypoints.mlflow.artifacts import ArtifactsApi
 from tracker.entrypoints.mlflow.experiments import ExperimentsApi
 from tracker.entrypoints.mlflow.inputs import InputsApi
+from tracker.entrypoints.mlflow.logged_models import LoggedModelsApi
 from tracker.entrypoints.mlflow.logging import LoggingApi
 from tracker.entrypoints.mlflow.metrics import MetricsApi
 from tracker.entrypoints.mlflow.runs import RunsApi
@@ -18,6 +21,7 @@ from tracker.entrypoints.mlflow.search import SearchApi
 from tracker.experiments import Experiments
 from tracker.handlers import Tracker
 from tracker.histories import Histories
+from tracker.logged_models import LoggedModels
 from tracker.searches import Searches
 
 
@@ -33,6 +37,8 @@ class MlflowApi:
         amendments: Amendments,
         searches: Searches,
         histories: Histories,
+        artifacts: Artifacts,
+        logged_models: LoggedModels,
         token_hashes: Mapping[str, str],
     ) -> None:
         endpoints = [
@@ -42,6 +48,8 @@ class MlflowApi:
             *InputsApi(amendments).endpoints(),
             *SearchApi(searches).endpoints(),
             *MetricsApi(histories).endpoints(),
+            *ArtifactsApi(artifacts).endpoints(),
+            *LoggedModelsApi(logged_models, artifacts).endpoints(),
             *about.endpoints(),
         ]
         self.http = RestApi(endpoints, token_hashes, mlflow.told, mlflow.missing)
