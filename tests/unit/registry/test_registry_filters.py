@@ -17,8 +17,8 @@ from registry.domain.filters import (
     without_prompts,
 )
 
-_KEYS = st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), min_size=1, max_size=12)
-_VALUES = st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), max_size=12)
+_KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
+_VALUES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 _SPACES = st.sampled_from([" ", "  ", "\t", "\n "])
 
 
