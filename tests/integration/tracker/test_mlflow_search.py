@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -55,6 +56,17 @@ async def test_a_run_is_found_as_it_is_got_while_it_runs_and_ever_after(door: An
     await door.post("/runs/log-metric", {"run_id": run_id, "key": "loss", "value": 4.5, "timestamp": 9, "step": 4})
     await door.post("/runs/update", {"run_id": run_id, "status": "FAILED", "run_name": "green"})
     await found_as_got(door, run_id)
+
+
+async def test_tags_set_at_once_on_a_run_that_has_ended_are_all_found(door: Any) -> None:
+    run_id = await new_run(door)
+    await door.post("/runs/update", {"run_id": run_id, "status": "FINISHED"})
+    tags = [f"tag-{index}" for index in range(12)]
+    await asyncio.gather(*(door.post("/runs/set-tag", {"run_id": run_id, "key": key, "value": "x"}) for key in tags))
+    await asyncio.gather(*(door.post("/runs/delete-tag", {"run_id": run_id, "key": key}) for key in tags[:6]))
+    await found_as_got(door, run_id)
+    (found,) = (await door.post("/runs/search", {"experiment_ids": ["0"], "filter": "tags.`tag-7` = 'x'"}))["runs"]
+    assert {one["key"] for one in found["data"]["tags"]} >= set(tags[6:])
 
 
 async def test_filters_orders_views_and_pages(door: Any) -> None:

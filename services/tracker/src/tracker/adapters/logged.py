@@ -32,4 +32,4 @@ KEEP_WHOLE = text(
 """Keeps what a run has logged. The run must be held against writers."""
 
 TAGS_ANEW = text(f"UPDATE tracker.run_logged AS run SET tags = {TAGS} WHERE run_id = :run_id")  # noqa: S608 - of constants
-"""Puts the run's tags into what is kept of it, if something is. The run must be held."""
+"""Puts the run's tags into what is kept of it, whose row must be held since before the tags were changed."""

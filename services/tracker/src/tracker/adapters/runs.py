@@ -201,8 +201,10 @@ class SqlRuns:
 
     async def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         if tags:
+            kept = await self._is_kept(run_id)
             await self._conn.execute(_TAGS, {"run_id": run_id, "keys": list(tags), "texts": list(tags.values())})
-            await self._conn.execute(logged.TAGS_ANEW, {"run_id": run_id})
+            if kept:
+                await self._conn.execute(logged.TAGS_ANEW, {"run_id": run_id})
 
     async def tag(self, run_id: str, key: str) -> str | None:
         found = await self._conn.execute(select(t.tag.c.value).where(t.tag.c.run_id == run_id, t.tag.c.key == key))
@@ -210,8 +212,10 @@ class SqlRuns:
         return value
 
     async def delete_tag(self, run_id: str, key: str) -> bool:
+        kept = await self._is_kept(run_id)
         gone = await self._conn.execute(delete(t.tag).where(t.tag.c.run_id == run_id, t.tag.c.key == key))
-        await self._conn.execute(logged.TAGS_ANEW, {"run_id": run_id})
+        if kept:
+            await self._conn.execute(logged.TAGS_ANEW, {"run_id": run_id})
         return gone.rowcount > 0
 
     async def history(self, run_id: str, key: str, after: Metric | None, limit: int) -> Sequence[Metric]:
@@ -238,6 +242,11 @@ class SqlRuns:
         if inputs:
             rows = [{"run_id": run_id, "dataset": ref.name, "version": ref.version} for ref in inputs]
             await self._conn.execute(upsert(t.run_input).on_conflict_do_nothing(), rows)
+
+    async def _is_kept(self, run_id: str) -> bool:
+        """Whether what the run logged is kept whole; then it is held, so that tags set at the same time are put into it one by one."""
+        kept = select(t.run_logged.c.run_id).where(t.run_logged.c.run_id == run_id).with_for_update()
+        return (await self._conn.execute(kept)).first() is not None
 
     async def _one(self, statement: Select[Any]) -> Run | None:
         row = (await self._conn.execute(statement)).mappings().first()
@@ -306,7 +315,7 @@ def _specs(tensors: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tensor["name"], tensor["datatype"], tuple(tensor["shape"])) for tensor in tensors)
 
 
-def run_of(row: RowMapping) -> Run:
+def run_of(row: Mapping[str, Any] | RowMapping) -> Run:
     return Run(
         run_id=row["run_id"],
         experiment_id=row["experiment_id"],
