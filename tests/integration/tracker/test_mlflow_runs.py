@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
 from contracts.tracker.v1 import events_pb2
 from contracts.tracker.v1 import service_pb2 as pb
 from servicekit import db
@@ -210,17 +209,16 @@ async def test_a_deleted_run_takes_nothing_until_it_is_restored(door: Any) -> No
     assert run["data"]["params"] == []
 
 
-@pytest.mark.parametrize("path", ["update", "delete", "restore", "log-metric", "log-parameter", "set-tag", "delete-tag", "log-batch"])
-async def test_a_run_that_is_not_there_is_told_so(door: Any, path: str) -> None:
-    body = {"key": "k", "value": "1", "timestamp": 1, "status": "FINISHED"}
-    assert (await door.refused(f"/runs/{path}", {"run_id": MISSING, **body}))[:2] == (404, "RESOURCE_DOES_NOT_EXIST")
-    status, code, message = await door.refused(f"/runs/{path}", body)
-    assert (status, code, message) == (400, "INVALID_PARAMETER_VALUE", "Missing value for required parameter 'run_id'.")
+async def test_a_run_that_is_not_there_is_told_so(door: Any) -> None:
+    for path in ["update", "delete", "restore", "log-metric", "log-parameter", "set-tag", "delete-tag", "log-batch"]:
+        body = {"key": "k", "value": "1", "timestamp": 1, "status": "FINISHED"}
+        assert (await door.refused(f"/runs/{path}", {"run_id": MISSING, **body}))[:2] == (404, "RESOURCE_DOES_NOT_EXIST")
+        status, code, message = await door.refused(f"/runs/{path}", body)
+        assert (status, code, message) == (400, "INVALID_PARAMETER_VALUE", "Missing value for required parameter 'run_id'.")
 
 
-@pytest.mark.parametrize(
-    ("body", "what"),
-    [
+async def test_a_run_that_is_described_badly_is_not_made(door: Any) -> None:
+    for body, what in [
         ({"experiment_id": "99"}, "there is no experiment 99"),
         ({"experiment_id": "one"}, "experiment_id"),
         ({"experiment_id": "-1"}, "experiment_id"),
@@ -235,36 +233,32 @@ async def test_a_run_that_is_not_there_is_told_so(door: Any, path: str) -> None:
         ({"tags": [{"key": "", "value": "v"}]}, "tags"),
         ({"tags": [{"key": f"k{n}", "value": "v"} for n in range(101)]}, "at most 100"),
         ({"tags": "many"}, "tags"),
-    ],
-)
-async def test_a_run_that_is_described_badly_is_not_made(door: Any, body: Any, what: str) -> None:
-    status, code, message = await door.refused("/runs/create", body)
-    assert (status, code) in ((400, "INVALID_PARAMETER_VALUE"), (404, "RESOURCE_DOES_NOT_EXIST"))
-    assert what in message
-    engine = db.create_engine(door.running.settings.database_url)
-    async with engine.connect() as conn:
-        assert (await conn.execute(text("SELECT count(*) FROM tracker.run"))).scalar_one() == 0
-    await engine.dispose()
+    ]:
+        status, code, message = await door.refused("/runs/create", body)
+        assert (status, code) in ((400, "INVALID_PARAMETER_VALUE"), (404, "RESOURCE_DOES_NOT_EXIST"))
+        assert what in message
+        engine = db.create_engine(door.running.settings.database_url)
+        async with engine.connect() as conn:
+            assert (await conn.execute(text("SELECT count(*) FROM tracker.run"))).scalar_one() == 0
+        await engine.dispose()
 
 
-@pytest.mark.parametrize(
-    ("body", "what"),
-    [
+async def test_a_run_that_is_changed_badly_stays_as_it_is(door: Any) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"status": "DONE"}, "status"),
         ({"status": 6}, "status"),
         ({"status": True}, "status"),
         ({"status": "FINISHED", "end_time": -1}, "end_time"),
         ({"status": "FINISHED", "end_time": 10**18}, "end_time"),
         ({"run_name": "n" * 501}, "run_name"),
-    ],
-)
-async def test_a_run_that_is_changed_badly_stays_as_it_is(door: Any, body: Any, what: str) -> None:
-    run_id = await new_run(door)
-    before = await door.run(run_id)
-    status, code, message = await door.refused("/runs/update", {"run_id": run_id, **body})
-    assert (status, code) == (400, "INVALID_PARAMETER_VALUE")
-    assert what in message
-    assert await door.run(run_id) == before
+    ]
+    for body, what in cases:
+        run_id = await new_run(door)
+        before = await door.run(run_id)
+        status, code, message = await door.refused("/runs/update", {"run_id": run_id, **body})
+        assert (status, code) == (400, "INVALID_PARAMETER_VALUE")
+        assert what in message
+        assert await door.run(run_id) == before
 
 
 async def test_inputs_and_outputs_are_kept_once(door: Any) -> None:
@@ -291,9 +285,8 @@ async def test_inputs_and_outputs_are_kept_once(door: Any) -> None:
     assert (await door.run(second))["inputs"]["dataset_inputs"][0]["dataset"] == dataset
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "what"),
-    [
+async def test_inputs_that_are_described_badly_are_refused_whole(door: Any) -> None:
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("log-inputs", {"datasets": [{"tags": []}]}, "datasets[0].dataset.name"),
         ("log-inputs", {"datasets": [{"dataset": {"name": "d" * 501, "digest": "1", "source_type": "s", "source": "s"}}]}, "name"),
         ("log-inputs", {"datasets": [{"dataset": {"name": "d", "digest": "1" * 37, "source_type": "s", "source": "s"}}]}, "digest"),
@@ -318,16 +311,15 @@ async def test_inputs_and_outputs_are_kept_once(door: Any) -> None:
         ("log-model", {"model_json": "[" * 100_000}, "not a valid JSON"),
         ("log-model", {"model_json": "[]"}, "mandatory fields"),
         ("log-model", {"model_json": '{"artifact_path": "m"}'}, "flavors, utc_time_created, run_id"),
-    ],
-)
-async def test_inputs_that_are_described_badly_are_refused_whole(door: Any, path: str, body: Any, what: str) -> None:
-    run_id = await new_run(door)
-    status, code, message = await door.refused(f"/runs/{path}", {"run_id": run_id, **body})
-    assert (status, code) == (400, "INVALID_PARAMETER_VALUE")
-    assert what in message
-    run = await door.run(run_id)
-    assert run["inputs"] == {"dataset_inputs": [], "model_inputs": []}
-    assert run["outputs"] == {"model_outputs": []}
+    ]
+    for path, body, what in cases:
+        run_id = await new_run(door)
+        status, code, message = await door.refused(f"/runs/{path}", {"run_id": run_id, **body})
+        assert (status, code) == (400, "INVALID_PARAMETER_VALUE")
+        assert what in message
+        run = await door.run(run_id)
+        assert run["inputs"] == {"dataset_inputs": [], "model_inputs": []}
+        assert run["outputs"] == {"model_outputs": []}
 
 
 async def test_the_models_of_older_clients_are_a_list_in_a_tag(door: Any) -> None:
