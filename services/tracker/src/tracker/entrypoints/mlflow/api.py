@@ -12,6 +12,7 @@ from tracker.artifacts import Artifacts
 from tracker.entrypoints.mlflow import about
 from tracker.entrypoints.mlflow.artifacts import ArtifactsApi
 from tracker.entrypoints.mlflow.experiments import ExperimentsApi
+from tracker.entrypoints.mlflow.graphql import GraphqlApi
 from tracker.entrypoints.mlflow.inputs import InputsApi
 from tracker.entrypoints.mlflow.logged_models import LoggedModelsApi
 from tracker.entrypoints.mlflow.logging import LoggingApi
@@ -50,6 +51,7 @@ class MlflowApi:
             *MetricsApi(histories).endpoints(),
             *ArtifactsApi(artifacts).endpoints(),
             *LoggedModelsApi(logged_models, artifacts).endpoints(),
+            *GraphqlApi(experiments, amendments).endpoints(),
             *about.endpoints(),
         ]
         self.http = RestApi(endpoints, token_hashes, mlflow.told, mlflow.missing)
