@@ -102,7 +102,7 @@ class LoggedModels:
     async def finalize(self, caller: Caller, model_id: str, status: str) -> LoggedModelView:
         """Says that all its files are there, or never will be. Repeatable. One that is ready is looked at: it may be delivered."""
         if status not in (ModelStatus.READY, ModelStatus.FAILED):
-            raise Invalid("the input is not valid", [Violation("status", "LOGGED_MODEL_READY or LOGGED_MODEL_FAILED")])
+            raise Invalid("the input is not valid", [Violation("status", "LOGGED_MODEL_READY or LOGGED_MODEL_UPLOAD_FAILED")])
         async with self._store.transaction() as work:
             model = await self._held(work, caller, model_id)
             with told():

@@ -15,14 +15,17 @@ from starlette.responses import Response
 
 from tracker.artifacts import MAX_LISTED, Artifacts
 from tracker.domain.artifact import Place
-from tracker.domain.logged_model import LoggedModelView, OnDataset
+from tracker.domain.logged_model import LoggedModelView, ModelStatus, OnDataset
 from tracker.entrypoints.mlflow.artifacts import FileResponse, file_json
 from tracker.entrypoints.mlflow.rules import READ, WRITE, endpoints
 from tracker.entrypoints.mlflow.wire import KeyValue, experiment_number, key_values, metric_json, required, texts
 from tracker.logged_models import LoggedModels, NewModel, Ordering
 
-_STATUS = "LOGGED_MODEL_"
-_STATUSES = {1: "PENDING", 2: "READY", 3: "FAILED"}
+_STATUSES = {
+    ModelStatus.PENDING: ("LOGGED_MODEL_PENDING", 1),
+    ModelStatus.READY: ("LOGGED_MODEL_READY", 2),
+    ModelStatus.FAILED: ("LOGGED_MODEL_UPLOAD_FAILED", 3),
+}
 """Clients write a status by its name or by its number."""
 
 
@@ -121,7 +124,7 @@ class LoggedModelsApi:
 
     async def _finalize(self, request: Request) -> Response:
         asked = await mlflow.read(request, _Finalize)
-        status = _STATUSES.get(asked.status, "") if isinstance(asked.status, int) else asked.status.removeprefix(_STATUS)
+        status = next((status for status, names in _STATUSES.items() if asked.status in names), "")
         return mlflow.answer({"model": model_json(await self._models.finalize(current_caller(), _model_id(request), status))})
 
     async def _delete(self, request: Request) -> Response:
@@ -190,7 +193,7 @@ def model_json(view: LoggedModelView) -> dict[str, Any]:
         "creation_timestamp_ms": model.created_ms,
         "last_updated_timestamp_ms": model.updated_ms,
         "artifact_uri": model.artifact_uri,
-        "status": f"{_STATUS}{model.status}",
+        "status": _STATUSES[model.status][0],
         "model_type": model.model_type,
         "source_run_id": model.source_run_id,
         "tags": key_values(view.tags),
