@@ -222,7 +222,7 @@ def test_a_session_is_its_keys_owners_for_its_time() -> None:
     session, seconds = owner.sessions.open(KEY)
     assert seconds == 3600
     caller = owner.sessions.caller(session)
-    assert (caller.subject, caller.roles, caller.run_id) == ("ann", {"editor"}, None)
+    assert (caller.subject, caller.roles, caller.run_id) == ("ann", frozenset({"editor"}), None)
     owner.time += 3599
     owner.sessions.caller(session)
     owner.time += 1

@@ -178,10 +178,10 @@ async def make_world(tmp_path: Path) -> AsyncIterator[MakeWorld]:
         plane.streamed_body = door.streamed_body
         for text, roles, key_id in ((KEY, frozenset({"editor"}), "user"), (ADMIN, frozenset({"admin"}), "admin")):
             plane.access.apply(KeySpec(key_id, 1, hash_secret(text), f"{key_id}@here", roles))
-        server = DataServer(plane, door.before(control_app), "127.0.0.1", 0, grace_s=2)
-        await server.start()
-        world = World(tracker, registry, plane, door, server)
-        closing.extend([door.close, server.stop])
+        gateway = DataServer(plane, door.before(control_app), "127.0.0.1", 0, grace_s=2)
+        await gateway.start()
+        world = World(tracker, registry, plane, door, gateway)
+        closing.extend([door.close, gateway.stop])
         closing.append(lambda: _close(world))
         return world
 
