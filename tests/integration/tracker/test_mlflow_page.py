@@ -57,14 +57,16 @@ async def test_the_page_reads_a_run_and_its_experiment(door: Any) -> None:
 
 
 async def test_a_run_that_is_not_there_is_an_error_in_words(door: Any) -> None:
-    for given in ({"runId": "0" * 32}, {}, None, {"runId": {}}):
+    wrong: list[Any] = [{"runId": "0" * 32}, {}, None, {"runId": {}}]
+    for given in wrong:
         told = await asked(door, "/graphql", {"operationName": "GetRun", "query": GET_RUN, "variables": {"data": given}})
         assert told["data"]["mlflowGetRun"] is None
         assert all(isinstance(error, str) and error for error in told["errors"])
 
 
 async def test_what_is_no_query_is_refused(door: Any) -> None:
-    for body in ({"query": "mutation { x }"}, {"query": "{"}, {}, {"query": 3}, {"query": "{a}", "variables": []}, []):
+    bodies: list[Any] = [{"query": "mutation { x }"}, {"query": "{"}, {}, {"query": 3}, {"query": "{a}", "variables": []}, []]
+    for body in bodies:
         answer = await door.client.post(f"{door.url}/graphql", json=body, headers={"authorization": "Bearer key-of-ada"})
         assert (answer.status_code, answer.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
 
