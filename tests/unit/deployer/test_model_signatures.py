@@ -48,6 +48,12 @@ def test_samples_are_read_up_to_a_number_of_rows() -> None:
     assert len(samples.inputs["x"]) == len(samples.outputs["y"]) == MOST_ROWS
 
 
+def test_samples_may_have_no_outputs() -> None:
+    samples = read_samples(document(outputs={}), SIGNATURE)
+    assert samples.outputs == {}
+    assert differences(samples.outputs, {"y": [[1]]}) == []
+
+
 @pytest.mark.parametrize(
     "text",
     [

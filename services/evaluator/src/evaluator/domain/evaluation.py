@@ -277,7 +277,7 @@ def _absolute(requirement: Requirement, evidence: Evidence) -> Gate:
     elif requirement.kind == "parity":
         name = "parity"
         if evidence.parity_error is None:
-            return Gate(name, False, 0.0, limit, "parity cannot be shown: the run logged no sample rows with the model")
+            return Gate(name, False, 0.0, limit, "parity cannot be shown: the run logged no sample rows with the training code's answers")
         value = evidence.parity_error
         detail = f"the exported file differs from the training code by {value:.2g} on the sample rows, must be at most {limit:g}"
     else:

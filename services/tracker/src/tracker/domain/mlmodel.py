@@ -17,6 +17,8 @@ MAX_MLMODEL_BYTES = 1_000_000
 MLMODEL = "MLmodel"
 
 _MAX_FLAVORS = 100
+_MAX_DEPTH = 50
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class MlModel:
 def read_mlmodel(data: bytes) -> MlModel:
     """Reads an MLmodel file. Raises Rejected, with the reason, when it is none or not that of an ONNX model. Blocks."""
     try:
-        document = yaml.load(data, Loader=_Loader)  # noqa: S506  # a safe loader, without its aliases
+        document = _load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _refused(f"its MLmodel file cannot be read: {str(error).splitlines()[0][:200]}") from None
     flavors = document.get("flavors") if isinstance(document, dict) else None
@@ -101,13 +103,23 @@ def _path(what: str, path: Any) -> str:
     return path
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # which of the two there is, depends on the machine
-    """Makes plain values only, and refuses aliases: a few lines of them can stand for more than any memory holds."""
+def _load(data: bytes) -> Any:
+    """The plain values of a YAML text. Raises yaml.YAMLError, ValueError.
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+    Aliases are refused: a few lines of them can stand for more than any memory holds. So is a deep nesting, before anything is built of
+    it: the loader written in C would overflow its stack, and end the process.
+    """
+    depth = 0
+    for event in yaml.parse(data, Loader=_LOADER):
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases")
-        return super().compose_node(parent, index)
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MAX_DEPTH:
+                raise yaml.YAMLError(f"it is nested deeper than {_MAX_DEPTH}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+    return yaml.load(data, Loader=_LOADER)  # noqa: S506  # a safe one: it makes plain values only
 
 
 def _refused(reason: str) -> Rejected:

@@ -117,7 +117,9 @@ class DeliverableModel(_message.Message):
     def signature(self) -> Global___ModelSignature: ...
     @_builtins.property
     def samples(self) -> Global___BlobRef:
-        """JSON: {"inputs": {name: rows}, "outputs": {name: rows}}; what the training code got for these rows. Used for parity and warm-up."""
+        """JSON: {"inputs": {name: rows}, "outputs": {name: rows}}; what the training code got for these rows. Used for parity and warm-up.
+        A model that MLflow's client logged has no outputs in it, or no sample rows: then parity cannot be shown.
+        """
 
     def __init__(
         self,
