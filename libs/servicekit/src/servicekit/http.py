@@ -18,6 +18,10 @@ AsgiApp = Callable[
 ]
 
 
+KEEP_ALIVE_S = 75
+"""Longer than the gateway keeps a connection that nobody uses: else a request could meet one that is just being closed."""
+
+
 class QuietServer(uvicorn.Server):
     """uvicorn without its signal handlers: signals belong to servicekit.lifecycle."""
 
@@ -55,6 +59,7 @@ class HttpServer:
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=max(1, int(self._grace_s)),
+            timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         )
         self._server = QuietServer(config)
