@@ -1,4 +1,4 @@
-"""MLflow's artifact store by plain HTTP through the gateway's door: files sent, listed, fetched, sent in parts, taken away, and kept safe."""
+"""The artifact store on MLflow's wire: sent, listed, fetched, sent in parts, taken away, and kept safe."""
 
 from __future__ import annotations
 
