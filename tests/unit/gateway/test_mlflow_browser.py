@@ -325,6 +325,8 @@ async def test_the_page_is_served_as_it_is(make_world: MakeWorld, bundle: Path) 
         bare = await http.get("/mlflow")
         assert (bare.status_code, bare.headers["location"]) == (308, "/mlflow/")
         assert (await http.post("/mlflow/", headers=JSON | own(world))).status_code == 404
+        root = await http.get("/")  # where clients take the page to be
+        assert (root.status_code, root.headers["location"]) == (307, "/mlflow/")
     async with world.http(authorization="") as http:
         assert (await http.get("/mlflow/static-files/static/logo.png")).status_code == 401
 

@@ -108,9 +108,15 @@ class MlflowDoor:
         self._files: aiohttp.ClientSession | None = None
 
     def before(self, app: ASGIApp) -> ASGIApp:
-        """`app` with this door in it: what is not MLflow's goes on to `app`."""
+        """`app` with this door in it: what is not MLflow's goes on to `app`.
+
+        Clients print links to the page as if it were at the root; a browser keeps what stands behind the # of such a link on its way.
+        """
 
         async def both(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["path"] == "/" and scope["method"] in browser.SAFE:
+                await RedirectResponse(f"{PAGE}/", 307)(scope, receive, send)
+                return
             await (self if scope["type"] == "http" and _is_mine(scope["path"]) else app)(scope, receive, send)
 
         return both
