@@ -26,7 +26,7 @@ OURS = (*SERVICES, "init")
 FOR_CODE_THEY_RUN = {"trainer": {"sdk"}}
 
 # What may be left untold: this system keeps its traces in Jaeger.
-OPTIONAL_SECRETS = {("gateway", "traces_secret")}
+OPTIONAL_SECRETS = {("gateway", "traces_secret"), ("gateway", "session_secret")}
 
 
 def settings_class(service: str) -> type[ServiceSettings]:

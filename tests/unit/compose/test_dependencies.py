@@ -96,7 +96,9 @@ def test_scripts_and_tests_import_what_the_workspace_declares() -> None:
     for member in MEMBERS:
         declared |= {project(member)["name"], *(bare(requirement) for requirement in project(member)["dependencies"])}
     beside = {bare(file.stem) for file in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("examples/*/*.py")]} | {"tests", "scripts"}
-    used = imported([*ROOT.glob("scripts/**/*.py"), *ROOT.glob("tests/**/*.py")])
+    # Scripts for MLflow's clients run in environments of their own.
+    tests = [file for file in ROOT.glob("tests/**/*.py") if file.parent.name != "mlflow" or file.name == "clients.py"]
+    used = imported([*ROOT.glob("scripts/**/*.py"), *tests])
     assert used - declared - beside == set()
 
 
