@@ -13,7 +13,6 @@ from contracts.deployer.v1 import events_pb2 as deployer_pb
 from contracts.registry.v1 import events_pb2 as registry_pb
 from contracts.tracker.v1 import events_pb2 as tracker_pb
 from contracts.tracker.v1 import model_pb2
-from evaluator.adapters.deliveries import DeliveriesRead
 from evaluator.domain.delivery import Deliveries
 from evaluator.domain.evaluation import Champion
 from evaluator.entrypoints.consumer import Events
@@ -22,6 +21,7 @@ from eventing import topics
 from eventing.broker import Partition, Record
 from eventing.envelope import Received
 from eventing.memory import MemoryBroker
+from eventing.readthrough import ReadThrough
 from eventing.snapshots import SnapshotReader
 from google.protobuf.message import Message
 from servicekit.errors import Invalid, Unavailable
@@ -61,7 +61,7 @@ class Bench:
         self.broker = MemoryBroker()
         self.intake, self.deliveries = Recorder(), Deliveries()
         intake: Any = self.intake
-        self.read = DeliveriesRead(self.broker)
+        self.read = ReadThrough(self.broker, topics.DELIVERIES)
         self.events = Events(intake, self.deliveries, self.read, lambda conn: conn)  # type: ignore[arg-type, return-value]
 
     def publish(self) -> None:

@@ -17,6 +17,7 @@ from eventing.dlq import DeadLetters
 from eventing.dlq_grpc import DeadLetterServicer
 from eventing.kafka import KafkaBroker
 from eventing.outbox import Outbox
+from eventing.readthrough import ReadThrough
 from eventing.relay import Relay
 from eventing.snapshots import SnapshotReader
 from jobs import Backoff, JobQueue, Worker
@@ -25,7 +26,6 @@ from servicekit.clock import SystemClock, SystemIds
 from servicekit.lifecycle import Closing, Component
 from servicekit.scratch import Scratch
 
-from evaluator.adapters.deliveries import DeliveriesRead
 from evaluator.adapters.holdout import ParquetHoldout
 from evaluator.adapters.report import Reports
 from evaluator.adapters.sandbox import Limits, SandboxPredictor
@@ -55,7 +55,7 @@ def build(settings: EvaluatorSettings, broker: Broker | None = None, backoff: Ba
     objects = S3Store(settings.s3)
     scratch = Scratch(settings.state_dir)
 
-    deliveries, read = Deliveries(), DeliveriesRead(broker, settings.topic_prefix)
+    deliveries, read = Deliveries(), ReadThrough(broker, topics.DELIVERIES, settings.topic_prefix)
     events = Events(Intake(deliveries, clock, ids), deliveries, read, store.on)
     snapshots = SnapshotReader(broker, topics.DELIVERIES, events.on_delivery, settings.topic_prefix, on_read=read.saw)
     consumer = Consumer(engine, SCHEMA, broker, NAME, TOPICS, events.handlers(), settings.topic_prefix, outbox)

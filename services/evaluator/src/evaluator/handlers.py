@@ -67,6 +67,7 @@ class Outcome(enum.Enum):
     SKIPPED = "it is not a candidate"
     RECORDED = "it will be evaluated"
     KNOWN = "it has been recorded before"
+    CONVERTING = "its model is being converted; its end is told again then"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ class Intake:
             return Outcome.UNCLAIMED
         if claim.policy is None:
             return await self._skip(work, claim, run, f"the delivery's section evaluate cannot be read: {claim.problem}")
+        if run.converting:
+            return Outcome.CONVERTING
         chosen = choose(run)
         if isinstance(chosen, NotACandidate):
             return await self._skip(work, claim, run, chosen.reason)

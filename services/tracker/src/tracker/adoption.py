@@ -1,8 +1,8 @@
 """From MLflow to delivery: a model that MLflow's client logged becomes a deliverable model of its run, by itself.
 
-Its MLmodel file is read, and what goes in and out of its ONNX file; neither is run, and nothing else of it is opened. A model that cannot
-be delivered says why in the tag `headrace.deliverable`. MLflow keeps an input example without outputs: so do the sample rows made of it,
-and a gate that wants parity does not find it shown.
+Its MLmodel file is read, and what goes in and out of its ONNX file; neither is run, and nothing else of it is opened. One of another form
+waits until the trainer has converted it (`conversions`). What cannot be delivered says why in the tag `headrace.deliverable`. MLflow keeps
+an input example without outputs: so do the sample rows made of it, and a gate that wants parity does not find it shown.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from servicekit.clock import Clock
 from servicekit.errors import Invalid
 
 from tracker import owners
-from tracker.domain import run as runs
 from tracker.domain.artifact import check_path
+from tracker.domain.conversion import Conversion
 from tracker.domain.errors import Rejected
 from tracker.domain.logged_model import LoggedModel
 from tracker.domain.mlmodel import MAX_MLMODEL_BYTES, MLMODEL, MlModel, read_mlmodel, sample_inputs
 from tracker.domain.model import MAX_MODELS, MAX_SAMPLES_BYTES, BlobRef, DeliverableModel, Signature, TensorSpec, check_signature
 from tracker.domain.run import Run, Status
-from tracker.handlers import found_experiment, found_run, told
+from tracker.handlers import ending, found_experiment, found_run, told
 from tracker.ports import Store, UnitOfWork
 
 TAG = "headrace.deliverable"
@@ -41,7 +41,7 @@ _MAX_BESIDE = 1_000
 _MAX_TAG = 5_000
 
 
-class _Refused(Exception):
+class Unfit(Exception):
     """The model cannot be delivered; the message says why."""
 
 
@@ -51,6 +51,39 @@ class _Looked:
 
     model: DeliverableModel | None
     said: str
+    flavors: tuple[str, ...] = ()
+    """Of a model that may be converted to one that can be delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model was logged, and the name that it is delivered by."""
+
+    owner: str
+    folder: str
+    name: str
+
+
+async def declare(work: UnitOfWork, run: Run, model: DeliverableModel) -> str:
+    """Makes a model a deliverable one of a run that is held; returns why not, or "". Repeatable."""
+    known = (await work.runs.facts([run.run_id]))[run.run_id].models
+    if len({logged.name for logged in known} | {model.name}) > MAX_MODELS:
+        return f"no: the run has {MAX_MODELS} deliverable models, which is the most it may"
+    await work.artifacts.add_blob(model.blob)
+    if model.samples is not None:
+        await work.artifacts.add_blob(model.samples)
+    await work.runs.log_model(run.run_id, model)
+    return ""
+
+
+async def tell_again(work: UnitOfWork, run: Run) -> None:
+    """Tells the end of a run once more, if it ended well: there is something now that was not there when it ended. The run is held."""
+    if run.status is not Status.FINISHED or run.lifecycle_stage != "active":
+        return
+    again = run.next_event()
+    await work.runs.save(again)
+    experiment = found_experiment(await work.experiments.share(run.experiment_id), run.experiment_id)
+    await work.emit(await ending(work, again, experiment))
 
 
 class Adoption:
@@ -81,10 +114,11 @@ class Adoption:
             said = looked.said
             if not model.source_run_id:
                 said = "no: no run made it"
-            elif looked.model is not None:
+            elif looked.model is not None or looked.flavors:
                 run = found_run(await work.runs.lock(model.source_run_id), model.source_run_id)
-                said = await self._declare(work, run, looked)
-            await work.logged_models.set_tags(model.model_id, {TAG: said})
+                said = await self._declare(work, run, looked, Place(model.model_id, "", ready.name))
+            if said:
+                await work.logged_models.set_tags(model.model_id, {TAG: said})
 
     async def of_run(self, caller: Caller, run_id: str) -> None:
         """Makes models deliverable that lie among a run's own artifacts, before it ends. Repeatable; an ended run is left as it is."""
@@ -103,28 +137,19 @@ class Adoption:
             run = found_run(await work.runs.lock(run_id), run_id)
             if run.ended:
                 return
-            said = [f"{folder}: {await self._declare(work, run, looked)}" for folder, looked in found]
-            await work.runs.log_tags(run_id, {TAG: "; ".join(said)[:_MAX_TAG]})
+            said = [(folder, await self._declare(work, run, looked, Place(run_id, folder, folder))) for folder, looked in found]
+            if new := "; ".join(f"{folder}: {one}" for folder, one in said if one):
+                await work.runs.log_tags(run_id, {TAG: new[:_MAX_TAG]})
 
-    async def _declare(self, work: UnitOfWork, run: Run, looked: _Looked) -> str:
-        model = looked.model
-        if model is None:
+    async def _declare(self, work: UnitOfWork, run: Run, looked: _Looked, place: Place) -> str:
+        if looked.flavors:
+            if not await work.conversions.add(run.run_id, Conversion(place.owner, place.folder, place.name, looked.flavors)):
+                return ""
+        elif looked.model is None or looked.model in (await work.runs.facts([run.run_id]))[run.run_id].models:
             return looked.said
-        facts = (await work.runs.facts([run.run_id]))[run.run_id]
-        if model in facts.models:
-            return looked.said
-        if len({logged.name for logged in facts.models} | {model.name}) > MAX_MODELS:
-            return f"no: the run has {MAX_MODELS} deliverable models, which is the most it may"
-        await work.artifacts.add_blob(model.blob)
-        if model.samples is not None:
-            await work.artifacts.add_blob(model.samples)
-        await work.runs.log_model(run.run_id, model)
-        if run.status is Status.FINISHED:
-            again = run.next_event()
-            await work.runs.save(again)
-            experiment = found_experiment(await work.experiments.share(run.experiment_id), run.experiment_id)
-            facts = (await work.runs.facts([run.run_id]))[run.run_id]
-            await work.emit(runs.ending(again, experiment.name, facts))
+        elif refused := await declare(work, run, looked.model):
+            return refused
+        await tell_again(work, run)
         return looked.said
 
     async def _look(self, owner: str, folder: str, name: str) -> _Looked:
@@ -133,15 +158,19 @@ class Adoption:
                 return await self._deliverable(owner, folder, name, Path(scratch))
         except Rejected as rejected:
             return _Looked(None, f"no: {rejected.problems[0].message}"[:_MAX_TAG])
-        except (Invalid, _Refused) as refused:
+        except (Invalid, Unfit) as refused:
             return _Looked(None, f"no: {refused}"[:_MAX_TAG])
 
     async def _deliverable(self, owner: str, folder: str, name: str, scratch: Path) -> _Looked:
         data = await self._read(owner, _in(folder, MLMODEL), MAX_MLMODEL_BYTES)
         described = await asyncio.to_thread(read_mlmodel, data)
+        if not described.file:
+            flavors = ", ".join(described.flavors)
+            said = f"not yet: its flavor is {flavors}; it is converted when its run has finished and a delivery claims the experiment"
+            return _Looked(None, said[:_MAX_TAG], described.flavors)
         file, stored = await self._model_file(owner, _in(folder, described.file), scratch)
         inputs, outputs = await asyncio.to_thread(read_graph, file)
-        signature, left_out = _signature(inputs, outputs)
+        signature, left_out = signature_of(inputs, outputs)
         blob = await self._keep(file, stored)
         said = "yes"
         if left_out:
@@ -152,7 +181,7 @@ class Adoption:
         except Rejected as rejected:
             problem = rejected.problems[0]
             said += f"; its input example is not used: {problem.field} {problem.message}"
-        except (Invalid, _Refused) as refused:
+        except (Invalid, Unfit) as refused:
             said += f"; its input example is not used: {refused}"
         logged_model_id = owner if not folder else ""
         return _Looked(DeliverableModel(name, "onnx", blob, signature, samples, logged_model_id, folder), said[:_MAX_TAG])
@@ -167,12 +196,12 @@ class Adoption:
             await asyncio.to_thread(check_one_file, file)
             return file, artifact
         if len(names) > _MAX_BESIDE:
-            raise _Refused(f"its tensors lie in {len(names)} files, and {_MAX_BESIDE} is the most that are put together")
+            raise Unfit(f"its tensors lie in {len(names)} files, and {_MAX_BESIDE} is the most that are put together")
         left = MAX_ONNX_BYTES - artifact.size_bytes
         beside: dict[str, Path] = {}
         for number, name in enumerate(sorted(names)):
             if check_path(name):
-                raise _Refused(f"its tensors lie in {name[:100]!r}, which is no file beside it")
+                raise Unfit(f"its tensors lie in {name[:100]!r}, which is no file beside it")
             tensors = await self._artifact(owner, _in(path.rpartition("/")[0], name), left)
             left -= tensors.size_bytes
             beside[name] = scratch / f"tensors-{number}"
@@ -208,27 +237,27 @@ class Adoption:
         async with self._store.transaction() as work:
             artifact = await work.artifacts.get(owner, path)
         if artifact is None:
-            raise _Refused(f"it has no file {path}")
+            raise Unfit(f"it has no file {path}")
         if artifact.object.size_bytes > most:
-            raise _Refused(f"{path} has {artifact.object.size_bytes} bytes, and {most} is the most that is read")
+            raise Unfit(f"{path} has {artifact.object.size_bytes} bytes, and {most} is the most that is read")
         return artifact.object
 
 
-def _signature(inputs: Sequence[GraphValue], outputs: Sequence[GraphValue]) -> tuple[Signature, Sequence[str]]:
-    """What callers give and get, and the outputs that are no tensors, which they do not get. Raises _Refused, Rejected."""
+def signature_of(inputs: Sequence[GraphValue], outputs: Sequence[GraphValue]) -> tuple[Signature, Sequence[str]]:
+    """What callers give and get, and the outputs that are no tensors, which they do not get. Raises Unfit, Rejected."""
     tensors = [value for value in outputs if value.datatype]
     left_out = [value.name for value in outputs if not value.datatype]
     if not tensors:
-        raise _Refused(f"none of its outputs is a tensor: {', '.join(left_out)[:500]}")
+        raise Unfit(f"none of its outputs is a tensor: {', '.join(left_out)[:500]}")
     specs = []
     for side, values in (("input", inputs), ("output", tensors)):
         for value in values:
             if not value.datatype:
-                raise _Refused(f"its input {value.name[:100]!r} is no tensor of a type that the Open Inference Protocol has")
+                raise Unfit(f"its input {value.name[:100]!r} is no tensor of a type that the Open Inference Protocol has")
             if not value.shape:
-                raise _Refused(f"its {side} {value.name[:100]!r} has no dimension for the rows of a batch")
+                raise Unfit(f"its {side} {value.name[:100]!r} has no dimension for the rows of a batch")
             if side == "input" and value.shape[0] != -1:
-                raise _Refused(
+                raise Unfit(
                     f"its input {value.name[:100]!r} takes {value.shape[0]} rows and no other number; "
                     "export it with a first dimension of any length"
                 )

@@ -26,6 +26,7 @@ from tracker.adapters.tables import SCHEMA
 from tracker.adoption import Adoption
 from tracker.amendments import Amendments
 from tracker.artifacts import Artifacts
+from tracker.conversions import Conversions
 from tracker.deliverables import Deliverables
 from tracker.entrypoints.grpc import ACCESS, SERVICE, TrackerServicer
 from tracker.entrypoints.leases import LeaseWatch
@@ -62,9 +63,11 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
         token_ttl=timedelta(seconds=settings.run_token_ttl_s),
     )
     deliverables = Deliverables(store, objects, clock, ids, url_ttl_s=settings.download_url_ttl_s, work_dir=scratch.path)
+    conversions = Conversions(store, objects, work_dir=scratch.path)
     artifacts = Artifacts(store, objects, deliverables, ids, url_ttl_s=settings.download_url_ttl_s)
     server = Server(settings.grpc_address, settings, ACCESS)
-    server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, TrackerServicer(experiments, tracker, deliverables), SERVICE)
+    servicer = TrackerServicer(experiments, tracker, deliverables, conversions)
+    server.add(service_pb2_grpc.add_TrackerServiceServicer_to_server, servicer, SERVICE)
     searches = Searches(SqlSearches(engine, settings.search_timeout_s), extended=settings.extended_filters)
     api = MlflowApi(
         experiments,

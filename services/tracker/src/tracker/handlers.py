@@ -119,9 +119,16 @@ async def end_run(work: UnitOfWork, run: Run, status: Status, finished_ms: int, 
     await work.runs.save(ended)
     # Not held: whoever deletes the experiment holds it, and then its runs.
     experiment = found_experiment(await work.experiments.get(run.experiment_id), run.experiment_id)
-    facts = (await work.runs.facts([run.run_id]))[run.run_id] if status is Status.FINISHED else Facts()
-    await work.emit(rules.ending(ended, experiment.name, facts))
+    await work.emit(await ending(work, ended, experiment))
     return ended
+
+
+async def ending(work: UnitOfWork, run: Run, experiment: Experiment) -> rules.RunFinished | rules.RunFailed:
+    """The event that tells of a run's end, with all that the run has logged by now."""
+    if run.status is not Status.FINISHED:
+        return rules.ending(run, experiment.name, Facts())
+    facts = (await work.runs.facts([run.run_id]))[run.run_id]
+    return rules.ending(run, experiment.name, facts, await work.conversions.waiting(run.run_id))
 
 
 def no_training_on(asked: Dataset, holdout: Dataset) -> str:

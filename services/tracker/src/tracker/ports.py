@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Protocol
 
 from tracker.domain.artifact import Artifact, Dataset, Listed, Upload
+from tracker.domain.conversion import Conversion
 from tracker.domain.logged_model import LoggedModel, LoggedModelView, ModelSearch
 from tracker.domain.model import BlobRef, DeliverableModel
 from tracker.domain.record import DatasetInput, ModelMetric, ModelOutput, Record
@@ -143,6 +144,22 @@ class Records(Protocol):
     async def log_model_metrics(self, run_id: str, metrics: Sequence[ModelMetric]) -> None: ...
 
 
+class Conversions(Protocol):
+    """Models that wait until they are converted, and what became of those that do no more."""
+
+    async def add(self, run_id: str, conversion: Conversion) -> bool:
+        """Whether it is new: one that is there, settled or not, stays as it is."""
+        ...
+
+    async def waiting(self, run_id: str) -> Sequence[Conversion]: ...
+
+    async def find(self, run_id: str, owner: str, folder: str) -> tuple[Conversion, bool] | None:
+        """The conversion, and whether it is settled."""
+        ...
+
+    async def settle(self, run_id: str, owner: str, folder: str) -> None: ...
+
+
 class Artifacts(Protocol):
     async def add_upload(self, upload: Upload) -> None: ...
 
@@ -253,6 +270,9 @@ class UnitOfWork(Protocol):
 
     @property
     def artifacts(self) -> Artifacts: ...
+
+    @property
+    def conversions(self) -> Conversions: ...
 
     @property
     def logged_models(self) -> LoggedModels: ...

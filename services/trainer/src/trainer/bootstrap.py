@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from artifacts import ArtifactStore
 from artifacts.s3 import S3Store
+from contracts.eventing.v1 import service_pb2_grpc as eventing_pb2_grpc
 from contracts.registry.v1 import service_pb2_grpc as registry_pb2_grpc
 from contracts.tracker.v1 import service_pb2_grpc as tracker_pb2_grpc
 from contracts.trainer.v1 import service_pb2_grpc
 from eventing import schema as eventing_schema
 from eventing import topics
+from eventing.consumer import Consumer
+from eventing.dlq import DeadLetters
+from eventing.dlq_grpc import DeadLetterServicer
 from eventing.kafka import KafkaBroker
 from eventing.outbox import Outbox
+from eventing.readthrough import ReadThrough
 from eventing.relay import Relay
 from eventing.snapshots import SnapshotReader
 from jobs import JobQueue, Worker
 from servicekit import db, rpc
 from servicekit.clock import Clock, Ids, SystemClock, SystemIds
 from servicekit.lifecycle import Closing, Component
+from servicekit.scratch import Scratch
 
 from trainer.adapters.logs import LogFiles, log_file
-from trainer.adapters.store import KIND, SqlStore
+from trainer.adapters.store import CONVERSION, KIND, SqlStore
 from trainer.adapters.tables import SCHEMA
 from trainer.adapters.tracker import IDEMPOTENT, GrpcTracker
 from trainer.domain.training import Resources
 from trainer.entrypoints.attempts import Attempts, Recovery, SandboxCheck, StateFolder
+from trainer.entrypoints.conversions import NAME, TOPICS, ConversionJobs, RunEvents
 from trainer.entrypoints.deliveries import DeliveryRecords
-from trainer.entrypoints.grpc import ACCESS, SECTION_SERVICE, SERVICE, SectionServicer, TrainerServicer
+from trainer.entrypoints.grpc import ACCESS, DEAD_LETTERS, SECTION_SERVICE, SERVICE, SectionServicer, TrainerServicer
 from trainer.entrypoints.schedules import Schedules
 from trainer.entrypoints.translate import EventEncoder
 from trainer.handlers import Trainer
+from trainer.packaging.conversions import Conversions
+from trainer.packaging.packager import Packager
 from trainer.runner.attempt import Attempt, Options
 from trainer.runner.egress import HTTP, HTTPS, Destination, destination, destination_of, destinations
 from trainer.runner.keeper import Claim
 from trainer.runner.log import Log
+from trainer.runner.sandbox import Limits
 from trainer.runner.source import SourceFetcher
 from trainer.runner.venv import Venvs
 from trainer.settings import TrainerSettings
@@ -61,6 +71,24 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     trainer = _trainer(settings, store, objects, clock, ids)
     attempts = Attempts(trainer, store, _state_dir(settings))
     folder = StateFolder(_state_dir(settings))
+    channel = rpc.channel(settings.tracker_address, settings, idempotent=IDEMPOTENT)
+    venvs = _venvs(settings)
+    scratch = Scratch(_state_dir(settings))
+    limits = Limits(settings.conversion_memory_bytes, settings.conversion_disk_bytes, settings.conversion_timeout_s)
+    conversions = Conversions(
+        GrpcTracker(tracker_pb2_grpc.TrackerServiceStub(channel)), objects, Packager(venvs, limits), work_dir=scratch.path
+    )
+    read = ReadThrough(broker, topics.DELIVERIES, settings.topic_prefix)
+    runs = RunEvents(conversions, read, store.on)
+    consumer = Consumer(engine, SCHEMA, broker, NAME, TOPICS, runs.handlers(), settings.topic_prefix, outbox)
+    converting = Worker(
+        queue,
+        {CONVERSION: ConversionJobs(conversions).convert},
+        settings.conversion_slots,
+        settings.job_lease_s,
+        grace_s=0.0,
+        name="conversions",
+    )
     worker = Worker(
         queue,
         {KIND: attempts.handle},
@@ -74,14 +102,19 @@ def build(settings: TrainerSettings) -> Sequence[Component]:
     server = rpc.Server(settings.grpc_address, settings, ACCESS)
     server.add(service_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(trainer), SERVICE)
     server.add(registry_pb2_grpc.add_DeliverySectionServiceServicer_to_server, SectionServicer(trainer), SECTION_SERVICE)
+    letters = DeadLetterServicer(DeadLetters(engine, SCHEMA, [consumer]))
+    server.add(eventing_pb2_grpc.add_DeadLetterServiceServicer_to_server, letters, DEAD_LETTERS)
     return [
-        Closing(broker.close, engine.dispose, objects.stop),
+        Closing(channel.close, broker.close, engine.dispose, objects.stop, _closing(venvs)),
         folder,
+        scratch,
         SandboxCheck(),
         Relay(settings.database_url, SCHEMA, broker, "/headrace/trainer", settings.topic_prefix, outbox=outbox),
-        SnapshotReader(broker, topics.DELIVERIES, DeliveryRecords(trainer), settings.topic_prefix),
+        SnapshotReader(broker, topics.DELIVERIES, DeliveryRecords(trainer), settings.topic_prefix, on_read=read.saw),
+        consumer,
         Recovery(folder, queue, attempts),
         worker,
+        converting,
         Schedules(trainer),
         server,
     ]
@@ -103,7 +136,7 @@ async def build_runner(settings: TrainerSettings, claim: Claim, folder: Path) ->
         stack.push_async_callback(channel.close)
         log = Log(log_file(_state_dir(settings), claim.training_id), settings.max_log_bytes)
         stack.callback(log.close)
-        venvs = Venvs(Path(settings.venv_dir) if settings.venv_dir else _state_dir(settings) / "venvs", settings.max_venv_bytes)
+        venvs = _venvs(settings)
         stack.callback(venvs.close)
         yield (
             Attempt(
@@ -150,6 +183,17 @@ def _egress(settings: TrainerSettings) -> frozenset[Destination]:
     """What trainings may reach: the gateway, the object store as presigned URLs name it, and what the operator allows."""
     store = destination(settings.s3_public_endpoint or settings.s3_endpoint, HTTPS if settings.s3_secure else HTTP)
     return destinations(settings.training_egress) | {destination_of(settings.public_url), store}
+
+
+def _venvs(settings: TrainerSettings) -> Venvs:
+    return Venvs(Path(settings.venv_dir) if settings.venv_dir else _state_dir(settings) / "venvs", settings.max_venv_bytes)
+
+
+def _closing(venvs: Venvs) -> Callable[[], Awaitable[None]]:
+    async def close() -> None:
+        venvs.close()
+
+    return close
 
 
 def _state_dir(settings: TrainerSettings) -> Path:

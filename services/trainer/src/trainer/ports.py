@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from trainer.domain.conversion import Conversion
 from trainer.domain.training import Event, Source, Training
 
 
@@ -85,6 +86,10 @@ class Deliveries(Protocol):
 
     async def get(self, name: str) -> AppliedDelivery | None: ...
 
+    async def claims(self, experiment: str) -> bool:
+        """Whether a delivery that is not deleted takes its models from this experiment."""
+        ...
+
     async def scheduled(self) -> Sequence[tuple[AppliedDelivery, datetime | None]]:
         """Deliveries that are not deleted and have a train section, each with the time until which its triggers have been looked at."""
         ...
@@ -99,6 +104,10 @@ class Jobs(Protocol):
 
     async def enqueue(self, training_id: str, max_attempts: int) -> str:
         """Queues the training's job and returns the job's id."""
+        ...
+
+    async def convert(self, conversion: Conversion) -> None:
+        """Queues a conversion. Repeatable."""
         ...
 
     async def cancel(self, job_id: str) -> bool:
@@ -179,6 +188,43 @@ class Tracker(Protocol):
 
     async def finish(self, run_id: str, status: str, reason: str, fencing_token: int) -> None:
         """Ends a run. Repeatable."""
+        ...
+
+    async def store_file(self, run_id: str, path: str, file: Path) -> None:
+        """Makes a file an artifact of the run. Repeatable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a logged model: its path in the model's folder, and where it is stored."""
+
+    path: str
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """What a conversion made, stored under the key of its content."""
+
+    sha256: str
+    size_bytes: int
+    key: str
+
+
+class LoggedModels(Protocol):
+    """The tracker, as far as a conversion needs it. Raises the errors of servicekit.errors."""
+
+    async def files(self, conversion: Conversion) -> Sequence[StoredFile]: ...
+
+    async def converted(self, conversion: Conversion, blob: StoredBlob, samples: StoredBlob) -> None:
+        """Says what the conversion made. Repeatable."""
+        ...
+
+    async def refused(self, conversion: Conversion, reason: str) -> None:
+        """Says why the model cannot be converted, for its author. Repeatable."""
         ...
 
     async def store_file(self, run_id: str, path: str, file: Path) -> None:

@@ -25,6 +25,10 @@ class TrainerSettings(PresigningSettings):
         default="",
         description="Servers that sources may be fetched from by git over https: `host` or `host:port`, separated by commas; empty: none.",
     )
+    conversion_slots: int = Field(default=1, gt=0, description="Logged models that are converted to ONNX at once.")
+    conversion_memory_bytes: int = Field(default=4 * 1024**3, gt=0, description="Resident memory of a conversion.")
+    conversion_disk_bytes: int = Field(default=4 * 1024**3, gt=0, description="Space for files of a conversion.")
+    conversion_timeout_s: int = Field(default=1_800, gt=0, description="Seconds that a conversion may take, without installing packages.")
     state_dir: Path = Field(
         default=Path(".headrace/trainer"),
         description="Folder of logs, running attempts and installed packages. One trainer at a time may use it.",

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 CANDIDATE_TAG = "headrace.candidate"
 """The tag by which a run with several models names the one to deliver."""
 
+DELIVERABLE_TAG = "headrace.deliverable"
+"""The tag in which the tracker says why a model of the run cannot be delivered."""
+
 FORMATS = frozenset({"onnx"})
 
 
@@ -72,6 +75,8 @@ class FinishedRun:
     tags: dict[str, str] = field(default_factory=dict)
     inputs: tuple[DataVersion, ...] = ()
     source: Source = Source()
+    converting: bool = False
+    """The model that would be its candidate is being converted; the run's end is told again when that is settled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,8 @@ def choose(run: FinishedRun) -> Candidate | NotACandidate:
     else:
         models = list(run.models)
     if not models:
-        return NotACandidate("it logged no deliverable model")
+        why = run.tags.get(DELIVERABLE_TAG, "")
+        return NotACandidate(f"it logged no deliverable model{f' ({why})' if why else ''}")
     if len(models) > 1:
         names = ", ".join(sorted(model.name for model in models))
         return NotACandidate(f"it logged {len(models)} deliverable models ({names}); the tag {CANDIDATE_TAG} may name one of them")

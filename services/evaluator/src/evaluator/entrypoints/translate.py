@@ -81,6 +81,7 @@ def run_finished(payload: bytes) -> FinishedRun:
         tags=dict(message.tags),
         inputs=tuple(_data_in(one) for one in message.inputs),
         source=Source(source.commit, source.dirty, source.diff_key, source.command, source.training_id),
+        converting=message.HasField("conversion"),
     )
 
 

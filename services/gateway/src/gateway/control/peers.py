@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+CONSUMERS = ("trainer", "evaluator", "registry", "deployer")
+"""The services that consume events."""
+
+
 @dataclass(frozen=True)
 class Peers:
     """One stub per service; `dead_letters` by the name of each service that consumes events."""
@@ -39,5 +43,5 @@ def connect(channels: Mapping[str, grpc.aio.Channel]) -> Peers:
         registry=registry_grpc.RegistryServiceStub(channels["registry"]),
         access=registry_grpc.AccessServiceStub(channels["registry"]),
         deployer=deployer_grpc.DeployerServiceStub(channels["deployer"]),
-        dead_letters={name: eventing_grpc.DeadLetterServiceStub(channels[name]) for name in ("evaluator", "registry", "deployer")},
+        dead_letters={name: eventing_grpc.DeadLetterServiceStub(channels[name]) for name in CONSUMERS},
     )

@@ -10,6 +10,7 @@ from eventing.outbox import Outbox
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tracker.adapters.artifacts import SqlArtifacts, SqlDatasets
+from tracker.adapters.conversions import SqlConversions
 from tracker.adapters.experiments import SqlExperiments
 from tracker.adapters.logged_models import SqlLoggedModels
 from tracker.adapters.quick import QuickLog
@@ -29,6 +30,7 @@ class SqlUnitOfWork:
         self.runs = SqlRuns(conn)
         self.records = SqlRecords(conn)
         self.artifacts = SqlArtifacts(conn)
+        self.conversions = SqlConversions(conn)
         self.logged_models = SqlLoggedModels(conn)
         self.datasets = SqlDatasets(conn)
         self.emitted = False

@@ -167,6 +167,18 @@ model = Table(
     _text("folder"),
 )
 
+conversion = Table(
+    "conversion",
+    METADATA,
+    _run_id(),
+    Column("owner", Text, primary_key=True),
+    Column("folder", Text, primary_key=True),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    _text("name"),
+    Column("flavors", JSONB, nullable=False),
+    Column("settled", Boolean, nullable=False),
+)
+
 logged_model = Table(
     "logged_model",
     METADATA,

@@ -23,14 +23,15 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @dataclass(frozen=True, slots=True)
 class MlModel:
-    """The ONNX file of a model and its input example, as paths beside the MLmodel file; `example` is "" when it has none."""
+    """The ONNX file of a model and its input example, as paths beside the MLmodel file; "" for what it has not. `flavors` are by name."""
 
     file: str
     example: str
+    flavors: tuple[str, ...]
 
 
 def read_mlmodel(data: bytes) -> MlModel:
-    """Reads an MLmodel file. Raises Rejected, with the reason, when it is none or not that of an ONNX model. Blocks."""
+    """Reads an MLmodel file. Raises Rejected, with the reason, when it is none. Blocks."""
     try:
         document = _load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -38,13 +39,12 @@ def read_mlmodel(data: bytes) -> MlModel:
     flavors = document.get("flavors") if isinstance(document, dict) else None
     if not isinstance(flavors, dict) or len(flavors) > _MAX_FLAVORS:
         raise _refused("its MLmodel file names no flavors")
+    names = tuple(sorted(str(name)[:50] for name in flavors if name != "python_function")) or ("python_function",)
     onnx = flavors.get("onnx")
-    if not isinstance(onnx, dict):
-        names = ", ".join(sorted(str(name)[:50] for name in flavors if name != "python_function")) or "python_function"
-        raise _refused(f"its flavor is {names}; a model of the flavor onnx is delivered as it is")
     info = document.get("saved_input_example_info")
     example = info.get("serving_input_path") if isinstance(info, dict) else None
-    return MlModel(_path("its ONNX file", onnx.get("data")), _path("its input example", example) if example else "")
+    file = _path("its ONNX file", onnx.get("data")) if isinstance(onnx, dict) else ""
+    return MlModel(file, _path("its input example", example) if example else "", names)
 
 
 def sample_inputs(data: bytes, signature: Signature) -> bytes:

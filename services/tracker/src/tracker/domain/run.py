@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from tracker.domain.conversion import CANDIDATE_TAG, Conversion, wanted
 from tracker.domain.errors import NotAllowed, Problem, Refused, Rejected
 from tracker.domain.model import DeliverableModel
 
@@ -183,12 +184,13 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """`truncated` when params, metrics or tags were left out for their size."""
+    """`truncated` when params, metrics or tags were left out for their size; `conversion` when a model waits for one."""
 
     run: Run
     experiment: str
     facts: Facts
     truncated: bool
+    conversion: Conversion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +202,13 @@ class RunFailed:
 Event = RunStarted | RunFinished | RunFailed
 
 
-def ending(run: Run, experiment: str, facts: Facts) -> RunFinished | RunFailed:
-    """The event that tells of a run's end."""
+def ending(run: Run, experiment: str, facts: Facts, waiting: Sequence[Conversion] = ()) -> RunFinished | RunFailed:
+    """The event that tells of a run's end. `waiting` are its models that could be converted and have not been."""
     if run.status is not Status.FINISHED:
         return RunFailed(run, experiment)
     kept, truncated = _fit(facts)
-    return RunFinished(run, experiment, kept, truncated)
+    conversion = wanted(waiting, facts.models, facts.tags.get(CANDIDATE_TAG, ""), run.parent_run_id)
+    return RunFinished(run, experiment, kept, truncated, conversion)
 
 
 def _fit(facts: Facts) -> tuple[Facts, bool]:

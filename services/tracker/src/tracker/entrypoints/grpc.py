@@ -11,6 +11,7 @@ from servicekit.access import EVERY_ROLE, Rule, current_caller
 from servicekit.moments import moment
 from servicekit.paging import page_size
 
+from tracker.conversions import Conversions
 from tracker.deliverables import Deliverables
 from tracker.domain.run import Metric
 from tracker.entrypoints import translate
@@ -49,6 +50,8 @@ _RULES = {
     "RegisterDataset": Rule({"gateway"}, _WRITERS),
     "GetDataset": Rule({"gateway", "evaluator"}, EVERY_ROLE, runs=True),
     "ListDatasets": _READ,
+    "ListModelFiles": Rule({"trainer"}),
+    "SettleConversion": Rule({"trainer"}),
 }
 
 ACCESS = {f"/{SERVICE}/{method}": rule for method, rule in _RULES.items()}
@@ -57,10 +60,20 @@ ACCESS = {f"/{SERVICE}/{method}": rule for method, rule in _RULES.items()}
 class TrackerServicer(service_pb2_grpc.TrackerServiceServicer):
     """headrace.tracker.v1.TrackerService."""
 
-    def __init__(self, experiments: Experiments, tracker: Tracker, deliverables: Deliverables) -> None:
+    def __init__(self, experiments: Experiments, tracker: Tracker, deliverables: Deliverables, conversions: Conversions) -> None:
         self._experiments = experiments
         self._tracker = tracker
         self._deliverables = deliverables
+        self._conversions = conversions
+
+    async def ListModelFiles(self, request: pb.ListModelFilesRequest, context: Context) -> pb.ListModelFilesResponse:
+        found = await self._conversions.files(request.run_id, request.owner, request.folder)
+        return pb.ListModelFilesResponse(files=[pb.ModelFile(path=one.path, object=translate.blob(one.object)) for one in found])
+
+    async def SettleConversion(self, request: pb.SettleConversionRequest, context: Context) -> pb.SettleConversionResponse:
+        converted = translate.converted_of(request) if request.HasField("blob") else None
+        await self._conversions.settle(request.run_id, request.owner, request.folder, converted, request.refused)
+        return pb.SettleConversionResponse()
 
     async def CreateExperiment(self, request: pb.CreateExperimentRequest, context: Context) -> pb.CreateExperimentResponse:
         made = await self._experiments.create(current_caller(), request.name, request.request_id)

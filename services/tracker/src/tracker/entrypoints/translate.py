@@ -6,6 +6,7 @@ import base64
 import json
 from typing import Any
 
+from artifacts import check_sha256
 from contracts.tracker.v1 import events_pb2, model_pb2, service_pb2
 from eventing import topics
 from eventing.envelope import Event as Envelope
@@ -13,8 +14,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from servicekit.clock import Clock, Ids
 from servicekit.errors import Invalid, Violation
 
+from tracker.conversions import Converted
 from tracker.deliverables import Download, Ticket
 from tracker.domain.artifact import Artifact, Dataset
+from tracker.domain.conversion import Conversion
 from tracker.domain.model import BlobRef, DeliverableModel, Signature, TensorSpec
 from tracker.domain.run import DatasetRef, Event, Experiment, Metric, RunFinished, RunSource, RunStarted
 from tracker.handlers import NewRun, RunView
@@ -74,6 +77,7 @@ def _message(event: Event) -> tuple[str, events_pb2.RunStarted | events_pb2.RunF
             inputs=[dataset_ref(ref) for ref in facts.inputs],
             source=source(run.source),
             truncated=event.truncated,
+            conversion=_conversion(event.conversion) if event.conversion else None,
         )
     return "run.failed", events_pb2.RunFailed(
         run_id=run.run_id,
@@ -83,6 +87,10 @@ def _message(event: Event) -> tuple[str, events_pb2.RunStarted | events_pb2.RunF
         status=run.status.value,
         reason=run.reason,
     )
+
+
+def _conversion(one: Conversion) -> events_pb2.Conversion:
+    return events_pb2.Conversion(owner=one.owner, folder=one.folder, name=one.name, flavors=one.flavors)
 
 
 # -- answers
@@ -195,6 +203,16 @@ def metric_of(message: service_pb2.Metric) -> Metric:
 
 def signature_of(message: model_pb2.ModelSignature) -> Signature:
     return Signature(tuple(map(_tensor_of, message.inputs)), tuple(map(_tensor_of, message.outputs)))
+
+
+def converted_of(message: service_pb2.SettleConversionRequest) -> Converted:
+    return Converted(_blob_of(message.blob), _blob_of(message.samples))
+
+
+def _blob_of(message: model_pb2.BlobRef) -> BlobRef:
+    """Raises Invalid for a hash that is none."""
+    check_sha256(message.sha256)
+    return BlobRef(message.sha256, message.size_bytes, message.key)
 
 
 def _tensor_of(message: model_pb2.TensorSpec) -> TensorSpec:

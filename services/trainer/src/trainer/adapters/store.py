@@ -17,11 +17,18 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from trainer.adapters import tables as t
+from trainer.domain.conversion import Conversion
 from trainer.domain.training import Event, Resources, Source, Status, Training
 from trainer.ports import AppliedDelivery, RequestKey, Upload
 
 KIND = "training"
 """The kind of the trainer's jobs; their key is the training's id."""
+
+CONVERSION = "conversion"
+"""The kind of the jobs that convert logged models; their key is `Conversion.key`, their payload its fields."""
+
+CONVERSION_ATTEMPTS = 10
+"""Whoever gets the last one only says that the model could not be converted."""
 
 Encode = Callable[[Event], Envelope]
 """How a domain event is written for the wire; the entry points know that."""
@@ -179,6 +186,10 @@ class SqlDeliveries:
         row = (await self._conn.execute(select(t.delivery).where(t.delivery.c.name == name))).mappings().first()
         return None if row is None else _delivery(row)
 
+    async def claims(self, experiment: str) -> bool:
+        claimed = select(t.delivery.c.name).where(t.delivery.c.experiment == experiment, ~t.delivery.c.deleted)
+        return (await self._conn.execute(claimed.limit(1))).first() is not None
+
     async def scheduled(self) -> Sequence[tuple[AppliedDelivery, datetime | None]]:
         statement = select(t.delivery).where(~t.delivery.c.deleted, t.delivery.c.train_json != "").order_by(t.delivery.c.name)
         return [(_delivery(row), row["scheduled_at"]) for row in (await self._conn.execute(statement)).mappings()]
@@ -202,6 +213,10 @@ class SqlJobs:
     async def enqueue(self, training_id: str, max_attempts: int) -> str:
         self.changed = True
         return str(await self._queue.enqueue(self._conn, KIND, training_id, {}, max_attempts))
+
+    async def convert(self, conversion: Conversion) -> None:
+        self.changed = True
+        await self._queue.enqueue(self._conn, CONVERSION, conversion.key, dataclasses.asdict(conversion), CONVERSION_ATTEMPTS)
 
     async def cancel(self, job_id: str) -> bool:
         self.changed = True

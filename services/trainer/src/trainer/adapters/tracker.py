@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
-from contracts.tracker.v1 import events_pb2, service_pb2_grpc
+from contracts.tracker.v1 import events_pb2, model_pb2, service_pb2_grpc
 from contracts.tracker.v1 import service_pb2 as pb
 from servicekit.errors import AlreadyExists, Invalid, NotFound, Unavailable
 
-from trainer.ports import NewRun, StartedRun
+from trainer.domain.conversion import Conversion
+from trainer.ports import NewRun, StartedRun, StoredBlob, StoredFile
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrackerService"].full_name
 
 IDEMPOTENT = tuple(
-    f"/{SERVICE}/{method}" for method in ("GetExperiment", "CreateRun", "GetRun", "FinishRun", "RenewLease", "CompleteUpload")
+    f"/{SERVICE}/{method}"
+    for method in (
+        "GetExperiment",
+        "CreateRun",
+        "GetRun",
+        "FinishRun",
+        "RenewLease",
+        "CompleteUpload",
+        "ListModelFiles",
+        "SettleConversion",
+    )
 )
 """What the channel may try again: reads, and writes that the tracker knows again."""
 
@@ -24,7 +36,7 @@ _VERIFY_S = 60.0
 
 
 class GrpcTracker:
-    """Implements `ports.Tracker`."""
+    """Implements `ports.Tracker` and `ports.LoggedModels`."""
 
     def __init__(self, stub: service_pb2_grpc.TrackerServiceAsyncStub) -> None:
         self._stub = stub
@@ -60,6 +72,22 @@ class GrpcTracker:
         ticket = await self._stub.StartUpload(pb.StartUploadRequest(run_id=run_id, path=path, size_bytes=size, sha256=sha256))
         etags = [] if ticket.complete else await self._put(file, ticket.part_size_bytes, list(ticket.part_urls))
         await self._stub.CompleteUpload(pb.CompleteUploadRequest(upload_id=ticket.upload_id, part_etags=etags), timeout=_VERIFY_S)
+
+    async def files(self, conversion: Conversion) -> Sequence[StoredFile]:
+        asked = pb.ListModelFilesRequest(run_id=conversion.run_id, owner=conversion.owner, folder=conversion.folder)
+        found = (await self._stub.ListModelFiles(asked)).files
+        return [StoredFile(file.path, file.object.key, file.object.sha256, file.object.size_bytes) for file in found]
+
+    async def converted(self, conversion: Conversion, blob: StoredBlob, samples: StoredBlob) -> None:
+        message = _settled(conversion)
+        message.blob.CopyFrom(_blob(blob))
+        message.samples.CopyFrom(_blob(samples))
+        await self._stub.SettleConversion(message, timeout=_VERIFY_S)
+
+    async def refused(self, conversion: Conversion, reason: str) -> None:
+        message = _settled(conversion)
+        message.refused = reason
+        await self._stub.SettleConversion(message)
 
     async def _experiment(self, name: str) -> int:
         wanted = pb.GetExperimentRequest(name=name)
@@ -99,3 +127,11 @@ def _part(file: Path, offset: int, size: int) -> bytes:
     with file.open("rb") as opened:
         opened.seek(offset)
         return opened.read(size)
+
+
+def _settled(conversion: Conversion) -> pb.SettleConversionRequest:
+    return pb.SettleConversionRequest(run_id=conversion.run_id, owner=conversion.owner, folder=conversion.folder)
+
+
+def _blob(stored: StoredBlob) -> model_pb2.BlobRef:
+    return model_pb2.BlobRef(sha256=stored.sha256, size_bytes=stored.size_bytes, key=stored.key)

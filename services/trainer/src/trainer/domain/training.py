@@ -28,6 +28,7 @@ MAX_SEED = 2**32 - 1
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 RESERVED = frozenset(
     {"PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV"}
+    | {"MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_RUN_ID"}
     | {spelled for name in _PROXIES for spelled in (name, name.upper())}
 )
 """Variables that the trainer sets, beside all that begin with HEADRACE_."""

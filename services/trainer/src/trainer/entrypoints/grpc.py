@@ -9,6 +9,7 @@ from contracts.registry.v1 import service_pb2 as registry_pb2
 from contracts.registry.v1 import service_pb2_grpc as registry_pb2_grpc
 from contracts.trainer.v1 import service_pb2 as pb
 from contracts.trainer.v1 import service_pb2_grpc
+from eventing import dlq_grpc
 from servicekit.access import EVERY_ROLE, Rule, current_caller
 from servicekit.errors import Invalid, Violation
 from servicekit.paging import page_size
@@ -19,6 +20,7 @@ from trainer.handlers import Trainer
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainerService"].full_name
 SECTION_SERVICE = registry_pb2.DESCRIPTOR.services_by_name["DeliverySectionService"].full_name
 SECTION = "train"
+DEAD_LETTERS = dlq_grpc.SERVICE
 
 Context = Any
 """grpc.aio.ServicerContext; the servicers do not look at it."""
@@ -34,6 +36,7 @@ ACCESS = {
     f"/{SERVICE}/StreamLog": _READ,
     f"/{SERVICE}/StartSourceUpload": _WRITE,
     f"/{SECTION_SERVICE}/ValidateSection": Rule({"registry"}),
+    **dlq_grpc.ACCESS,
 }
 
 

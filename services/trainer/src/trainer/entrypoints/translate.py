@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contracts.registry.v1 import events_pb2 as registry_events_pb2
 from contracts.registry.v1 import service_pb2 as registry_pb2
+from contracts.tracker.v1 import events_pb2 as tracker_events_pb2
 from contracts.trainer.v1 import events_pb2, service_pb2
 from eventing import topics
 from eventing.envelope import Event as Envelope
@@ -11,6 +12,7 @@ from google.protobuf.message import Message
 from servicekit.clock import Clock, Ids
 from servicekit.moments import moment
 
+from trainer.domain.conversion import Conversion
 from trainer.domain.errors import Problem
 from trainer.domain.training import (
     Event,
@@ -67,6 +69,11 @@ def _message(event: Event) -> tuple[str, Message]:
 
 def applied_delivery(message: registry_events_pb2.DeliveryApplied) -> AppliedDelivery:
     return AppliedDelivery(message.name, message.revision, message.deleted, message.experiment, message.train_json, message.applied_by)
+
+
+def conversion_of(message: tracker_events_pb2.RunFinished) -> Conversion:
+    one = message.conversion
+    return Conversion(message.run_id, message.experiment_name, one.owner, one.folder, one.name, tuple(one.flavors))
 
 
 # -- answers

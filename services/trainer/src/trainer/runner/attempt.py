@@ -212,6 +212,10 @@ class Attempt:
             "HEADRACE_URL": self._options.url,
             "HEADRACE_RUN_ID": run.run_id,
             "HEADRACE_TOKEN": run.token,
+            # A script that logs with MLflow's client logs to the same run.
+            "MLFLOW_TRACKING_URI": self._options.url,
+            "MLFLOW_TRACKING_TOKEN": run.token,
+            "MLFLOW_RUN_ID": run.run_id,
         }
         ours = [(self._options.sdk, f"{SDK}/headrace"), *((path, f"{PACKAGES}/{path.name}") for path in self._options.packages)]
         visible = [*sandbox.visible_python(venv), *ours, *self._options.visible]

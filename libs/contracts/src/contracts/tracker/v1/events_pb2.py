@@ -26,7 +26,7 @@ from contracts.tracker.v1 import model_pb2 as contracts_dot_tracker_dot_v1_dot_m
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!contracts/tracker/v1/events.proto\x12\x13headrace.tracker.v1\x1a contracts/tracker/v1/model.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n\nRunStarted\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperiment_id\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xperiment_name\x18\x03 \x01(\t\x12\x10\n\x08run_name\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rparent_run_id\x18\x07 \x01(\t\"\xd4\x05\n\x0bRunFinished\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperiment_id\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xperiment_name\x18\x03 \x01(\t\x12\x10\n\x08run_name\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rparent_run_id\x18\x08 \x01(\t\x12\x35\n\x06models\x18\t \x03(\x0b\x32%.headrace.tracker.v1.DeliverableModel\x12>\n\x07metrics\x18\n \x03(\x0b\x32-.headrace.tracker.v1.RunFinished.MetricsEntry\x12<\n\x06params\x18\x0b \x03(\x0b\x32,.headrace.tracker.v1.RunFinished.ParamsEntry\x12\x38\n\x04tags\x18\x0c \x03(\x0b\x32*.headrace.tracker.v1.RunFinished.TagsEntry\x12/\n\x06inputs\x18\r \x03(\x0b\x32\x1f.headrace.tracker.v1.DatasetRef\x12.\n\x06source\x18\x0e \x01(\x0b\x32\x1e.headrace.tracker.v1.RunSource\x12\x11\n\ttruncated\x18\x0f \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bParamsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9c\x01\n\tRunFailed\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperiment_id\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xperiment_name\x18\x03 \x01(\t\x12/\n\x0b\x66inished_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06status\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\"b\n\tRunSource\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\t\x12\r\n\x05\x64irty\x18\x02 \x01(\x08\x12\x10\n\x08\x64iff_key\x18\x03 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x04 \x01(\t\x12\x13\n\x0btraining_id\x18\x05 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!contracts/tracker/v1/events.proto\x12\x13headrace.tracker.v1\x1a contracts/tracker/v1/model.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n\nRunStarted\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperiment_id\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xperiment_name\x18\x03 \x01(\t\x12\x10\n\x08run_name\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rparent_run_id\x18\x07 \x01(\t\"\x89\x06\n\x0bRunFinished\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperiment_id\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xperiment_name\x18\x03 \x01(\t\x12\x10\n\x08run_name\x18\x04 \x01(\t\x12\x0c\n\x04user\x18\x05 \x01(\t\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rparent_run_id\x18\x08 \x01(\t\x12\x35\n\x06models\x18\t \x03(\x0b\x32%.headrace.tracker.v1.DeliverableModel\x12>\n\x07metrics\x18\n \x03(\x0b\x32-.headrace.tracker.v1.RunFinished.MetricsEntry\x12<\n\x06params\x18\x0b \x03(\x0b\x32,.headrace.tracker.v1.RunFinished.ParamsEntry\x12\x38\n\x04tags\x18\x0c \x03(\x0b\x32*.headrace.tracker.v1.RunFinished.TagsEntry\x12/\n\x06inputs\x18\r \x03(\x0b\x32\x1f.headrace.tracker.v1.DatasetRef\x12.\n\x06source\x18\x0e \x01(\x0b\x32\x1e.headrace.tracker.v1.RunSource\x12\x11\n\ttruncated\x18\x0f \x01(\x08\x12\x33\n\nconversion\x18\x10 \x01(\x0b\x32\x1f.headrace.tracker.v1.Conversion\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bParamsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\nConversion\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07\x66lavors\x18\x04 \x03(\t\"\x9c\x01\n\tRunFailed\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperiment_id\x18\x02 \x01(\x03\x12\x17\n\x0f\x65xperiment_name\x18\x03 \x01(\t\x12/\n\x0b\x66inished_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06status\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\"b\n\tRunSource\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\t\x12\r\n\x05\x64irty\x18\x02 \x01(\x08\x12\x10\n\x08\x64iff_key\x18\x03 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x04 \x01(\t\x12\x13\n\x0btraining_id\x18\x05 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,15 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNSTARTED']._serialized_start=126
   _globals['_RUNSTARTED']._serialized_end=305
   _globals['_RUNFINISHED']._serialized_start=308
-  _globals['_RUNFINISHED']._serialized_end=1032
-  _globals['_RUNFINISHED_METRICSENTRY']._serialized_start=894
-  _globals['_RUNFINISHED_METRICSENTRY']._serialized_end=940
-  _globals['_RUNFINISHED_PARAMSENTRY']._serialized_start=942
-  _globals['_RUNFINISHED_PARAMSENTRY']._serialized_end=987
-  _globals['_RUNFINISHED_TAGSENTRY']._serialized_start=989
-  _globals['_RUNFINISHED_TAGSENTRY']._serialized_end=1032
-  _globals['_RUNFAILED']._serialized_start=1035
-  _globals['_RUNFAILED']._serialized_end=1191
-  _globals['_RUNSOURCE']._serialized_start=1193
-  _globals['_RUNSOURCE']._serialized_end=1291
+  _globals['_RUNFINISHED']._serialized_end=1085
+  _globals['_RUNFINISHED_METRICSENTRY']._serialized_start=947
+  _globals['_RUNFINISHED_METRICSENTRY']._serialized_end=993
+  _globals['_RUNFINISHED_PARAMSENTRY']._serialized_start=995
+  _globals['_RUNFINISHED_PARAMSENTRY']._serialized_end=1040
+  _globals['_RUNFINISHED_TAGSENTRY']._serialized_start=1042
+  _globals['_RUNFINISHED_TAGSENTRY']._serialized_end=1085
+  _globals['_CONVERSION']._serialized_start=1087
+  _globals['_CONVERSION']._serialized_end=1161
+  _globals['_RUNFAILED']._serialized_start=1164
+  _globals['_RUNFAILED']._serialized_end=1320
+  _globals['_RUNSOURCE']._serialized_start=1322
+  _globals['_RUNSOURCE']._serialized_end=1420
 # @@protoc_insertion_point(module_scope)

@@ -133,6 +133,7 @@ class RunFinished(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
+    CONVERSION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     experiment_id: _builtins.int
     experiment_name: _builtins.str
@@ -163,6 +164,10 @@ class RunFinished(_message.Message):
 
     @_builtins.property
     def source(self) -> Global___RunSource: ...
+    @_builtins.property
+    def conversion(self) -> Global___Conversion:
+        """The model that would be delivered once it is converted; unset when none waits. When that is settled the end is told again."""
+
     def __init__(
         self,
         *,
@@ -181,13 +186,47 @@ class RunFinished(_message.Message):
         inputs: _abc.Iterable[_model_pb2.DatasetRef] | None = ...,
         source: Global___RunSource | None = ...,
         truncated: _builtins.bool = ...,
+        conversion: Global___Conversion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "source", b"source", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversion", b"conversion", "finished_at", b"finished_at", "source", b"source", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experiment_id", b"experiment_id", "experiment_name", b"experiment_name", "finished_at", b"finished_at", "inputs", b"inputs", "metrics", b"metrics", "models", b"models", "params", b"params", "parent_run_id", b"parent_run_id", "run_id", b"run_id", "run_name", b"run_name", "source", b"source", "started_at", b"started_at", "tags", b"tags", "truncated", b"truncated", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversion", b"conversion", "experiment_id", b"experiment_id", "experiment_name", b"experiment_name", "finished_at", b"finished_at", "inputs", b"inputs", "metrics", b"metrics", "models", b"models", "params", b"params", "parent_run_id", b"parent_run_id", "run_id", b"run_id", "run_name", b"run_name", "source", b"source", "started_at", b"started_at", "tags", b"tags", "truncated", b"truncated", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RunFinished: _TypeAlias = RunFinished  # noqa: Y015
+
+@_typing.final
+class Conversion(_message.Message):
+    """A model that MLflow logged in a form that is not delivered, to be converted to one that is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    FLAVORS_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    """Whose artifact it is: the id of a logged model, or of the run."""
+    folder: _builtins.str
+    """The folder among the owner's artifacts; empty: all of them."""
+    name: _builtins.str
+    """The name that the deliverable model gets."""
+    @_builtins.property
+    def flavors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As its MLmodel file names them."""
+
+    def __init__(
+        self,
+        *,
+        owner: _builtins.str = ...,
+        folder: _builtins.str = ...,
+        name: _builtins.str = ...,
+        flavors: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flavors", b"flavors", "folder", b"folder", "name", b"name", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Conversion: _TypeAlias = Conversion  # noqa: Y015
 
 @_typing.final
 class RunFailed(_message.Message):

@@ -1134,3 +1134,114 @@ class ListDatasetsResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListDatasetsResponse: _TypeAlias = ListDatasetsResponse  # noqa: Y015
+
+@_typing.final
+class ListModelFilesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    owner: _builtins.str
+    """As run.finished names them."""
+    folder: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        folder: _builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["folder", b"folder", "owner", b"owner", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListModelFilesRequest: _TypeAlias = ListModelFilesRequest  # noqa: Y015
+
+@_typing.final
+class ListModelFilesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]: ...
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[Global___ModelFile] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ListModelFilesResponse: _TypeAlias = ListModelFilesResponse  # noqa: Y015
+
+@_typing.final
+class ModelFile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    OBJECT_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Relative to the model's folder."""
+    @_builtins.property
+    def object(self) -> _model_pb2.BlobRef: ...
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        object: _model_pb2.BlobRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["object", b"object"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["object", b"object", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ModelFile: _TypeAlias = ModelFile  # noqa: Y015
+
+@_typing.final
+class SettleConversionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    owner: _builtins.str
+    folder: _builtins.str
+    refused: _builtins.str
+    """Why it cannot be converted, for the model's author; empty when it was."""
+    @_builtins.property
+    def blob(self) -> _model_pb2.BlobRef:
+        """The ONNX file and its sample rows, both stored already under the keys of their content; unset when it was refused."""
+
+    @_builtins.property
+    def samples(self) -> _model_pb2.BlobRef: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        folder: _builtins.str = ...,
+        blob: _model_pb2.BlobRef | None = ...,
+        samples: _model_pb2.BlobRef | None = ...,
+        refused: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "samples", b"samples"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "folder", b"folder", "owner", b"owner", "refused", b"refused", "run_id", b"run_id", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___SettleConversionRequest: _TypeAlias = SettleConversionRequest  # noqa: Y015
+
+@_typing.final
+class SettleConversionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___SettleConversionResponse: _TypeAlias = SettleConversionResponse  # noqa: Y015

@@ -129,6 +129,16 @@ class TrackerServiceStub:
                 request_serializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListDatasetsRequest.SerializeToString,
                 response_deserializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListDatasetsResponse.FromString,
                 _registered_method=True)
+        self.ListModelFiles = channel.unary_unary(
+                '/headrace.tracker.v1.TrackerService/ListModelFiles',
+                request_serializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListModelFilesRequest.SerializeToString,
+                response_deserializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListModelFilesResponse.FromString,
+                _registered_method=True)
+        self.SettleConversion = channel.unary_unary(
+                '/headrace.tracker.v1.TrackerService/SettleConversion',
+                request_serializer=contracts_dot_tracker_dot_v1_dot_service__pb2.SettleConversionRequest.SerializeToString,
+                response_deserializer=contracts_dot_tracker_dot_v1_dot_service__pb2.SettleConversionResponse.FromString,
+                _registered_method=True)
 
 
 class TrackerServiceServicer:
@@ -268,6 +278,20 @@ class TrackerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListModelFiles(self, request, context):
+        """The files of a model that waits for its conversion. For the trainer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleConversion(self, request, context):
+        """Says what a conversion came to, and tells the end of its run again. For the trainer. Repeatable: the first answer counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrackerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -365,6 +389,16 @@ def add_TrackerServiceServicer_to_server(servicer, server):
                     servicer.ListDatasets,
                     request_deserializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListDatasetsRequest.FromString,
                     response_serializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListDatasetsResponse.SerializeToString,
+            ),
+            'ListModelFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModelFiles,
+                    request_deserializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListModelFilesRequest.FromString,
+                    response_serializer=contracts_dot_tracker_dot_v1_dot_service__pb2.ListModelFilesResponse.SerializeToString,
+            ),
+            'SettleConversion': grpc.unary_unary_rpc_method_handler(
+                    servicer.SettleConversion,
+                    request_deserializer=contracts_dot_tracker_dot_v1_dot_service__pb2.SettleConversionRequest.FromString,
+                    response_serializer=contracts_dot_tracker_dot_v1_dot_service__pb2.SettleConversionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -880,6 +914,60 @@ class TrackerService:
             '/headrace.tracker.v1.TrackerService/ListDatasets',
             contracts_dot_tracker_dot_v1_dot_service__pb2.ListDatasetsRequest.SerializeToString,
             contracts_dot_tracker_dot_v1_dot_service__pb2.ListDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModelFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.tracker.v1.TrackerService/ListModelFiles',
+            contracts_dot_tracker_dot_v1_dot_service__pb2.ListModelFilesRequest.SerializeToString,
+            contracts_dot_tracker_dot_v1_dot_service__pb2.ListModelFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleConversion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.tracker.v1.TrackerService/SettleConversion',
+            contracts_dot_tracker_dot_v1_dot_service__pb2.SettleConversionRequest.SerializeToString,
+            contracts_dot_tracker_dot_v1_dot_service__pb2.SettleConversionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,10 @@ class TrackerServiceStub:
     """Idempotent."""
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]
     """Idempotent."""
+    ListModelFiles: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListModelFilesRequest, _service_pb2.ListModelFilesResponse]
+    """The files of a model that waits for its conversion. For the trainer."""
+    SettleConversion: _grpc.UnaryUnaryMultiCallable[_service_pb2.SettleConversionRequest, _service_pb2.SettleConversionResponse]
+    """Says what a conversion came to, and tells the end of its run again. For the trainer. Repeatable: the first answer counts."""
 
 @_typing.type_check_only
 class TrackerServiceAsyncStub(TrackerServiceStub):
@@ -115,6 +119,10 @@ class TrackerServiceAsyncStub(TrackerServiceStub):
     """Idempotent."""
     ListDatasets: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDatasetsRequest, _service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Idempotent."""
+    ListModelFiles: _aio.UnaryUnaryMultiCallable[_service_pb2.ListModelFilesRequest, _service_pb2.ListModelFilesResponse]  # type: ignore[assignment]
+    """The files of a model that waits for its conversion. For the trainer."""
+    SettleConversion: _aio.UnaryUnaryMultiCallable[_service_pb2.SettleConversionRequest, _service_pb2.SettleConversionResponse]  # type: ignore[assignment]
+    """Says what a conversion came to, and tells the end of its run again. For the trainer. Repeatable: the first answer counts."""
 
 class TrackerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -270,5 +278,21 @@ class TrackerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.ListDatasetsResponse, _abc.Awaitable[_service_pb2.ListDatasetsResponse]]:
         """Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ListModelFiles(
+        self,
+        request: _service_pb2.ListModelFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ListModelFilesResponse, _abc.Awaitable[_service_pb2.ListModelFilesResponse]]:
+        """The files of a model that waits for its conversion. For the trainer."""
+
+    @_abc_1.abstractmethod
+    def SettleConversion(
+        self,
+        request: _service_pb2.SettleConversionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.SettleConversionResponse, _abc.Awaitable[_service_pb2.SettleConversionResponse]]:
+        """Says what a conversion came to, and tells the end of its run again. For the trainer. Repeatable: the first answer counts."""
 
 def add_TrackerServiceServicer_to_server(servicer: TrackerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
