@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from artifacts.blobs import blob_key
 from artifacts.s3 import S3Store
-from contracts.tracker.v1 import events_pb2
+from contracts.tracker.v1 import events_pb2, model_pb2
+from contracts.tracker.v1 import service_pb2 as pb
 from onnx import TensorProto, helper, numpy_helper
 from servicekit import db
+from servicekit.errors import Forbidden, NotFound, Unauthenticated
 from sqlalchemy import text
 
 EDITOR, VIEWER = "key-of-ada", "key-of-vic"
@@ -233,7 +236,11 @@ async def test_a_model_among_a_runs_artifacts_is_delivered_when_the_run_ends(doo
     [told] = await finished(door, run_id)
     assert [model.name for model in told.models] == ["model"]
     tags = {one["key"]: one["value"] for one in (await door.run(run_id))["data"]["tags"]}
-    assert tags["headrace.deliverable"] == "model: yes; other: no: its flavor is sklearn; a model of the flavor onnx is delivered as it is"
+    assert tags["headrace.deliverable"] == (
+        "model: yes; other: not yet: its flavor is sklearn; it is converted when its run has finished and a delivery claims the experiment"
+    )
+    # What the run has is enough to be a candidate.
+    assert not told.HasField("conversion")
 
 
 async def test_weights_in_a_file_of_their_own_are_put_into_the_one_that_is_delivered(door: Any, tmp_path: Path) -> None:
@@ -272,7 +279,7 @@ def external(location: str) -> bytes:
         ({"MLmodel": b"- 1"}, "no: its MLmodel file names no flavors"),
         ({"MLmodel": mlmodel(onnx={"data": "../../secret"})}, "no: its ONNX file has no path"),
         ({"MLmodel": mlmodel(onnx={"data": "missing.onnx"})}, "no: it has no file missing.onnx"),
-        ({"MLmodel": mlmodel(pytorch={"model_data": "data"})}, "no: its flavor is pytorch"),
+        ({"MLmodel": mlmodel(pytorch={"model_data": "data"})}, "not yet: its flavor is pytorch"),
         ({"model__onnx": b"pickle"}, "no: the file is no ONNX model"),
         ({"model__onnx": b""}, "no: the file is no ONNX model"),
         ({"model__onnx": onnx_model(batch=1).SerializeToString()}, "no: its input 'x' takes 1 rows"),
@@ -292,3 +299,102 @@ async def test_a_model_says_why_it_is_delivered_or_not(door: Any, changes: dict[
     assert tag(await finalize(door, model_id)).startswith(says)
     await door.post("/runs/update", {"run_id": run_id, "status": "FINISHED"})
     assert len((await finished(door, run_id))[0].models) == (1 if says.startswith("yes") else 0)
+
+
+SKLEARN = {"sklearn": {"pickled_model": "model.pkl"}, "python_function": {}}
+SAMPLES = json.dumps({"inputs": {"x": [[1, 2]]}, "outputs": {"y": [[3.0]]}}).encode()
+
+
+async def pickled(door: Any, run_id: str, name: str = "model") -> str:
+    model_id = await new_model(door, name=name, source_run_id=run_id)
+    await put(door, f"models/{model_id}", {"MLmodel": mlmodel(**SKLEARN), "model.pkl": b"pickle"})
+    await finalize(door, model_id)
+    return model_id
+
+
+async def stored(door: Any, content: bytes) -> model_pb2.BlobRef:
+    store = S3Store(door.running.settings.s3)
+    sha256 = hashlib.sha256(content).hexdigest()
+    put_there = await store.put(blob_key(sha256), content, sha256=sha256)
+    await store.stop()
+    return model_pb2.BlobRef(sha256=sha256, size_bytes=put_there.size, key="somewhere/else")
+
+
+async def test_a_converted_model_makes_its_run_a_candidate_once(door: Any) -> None:
+    run_id = await new_run(door)
+    model_id = await pickled(door, run_id)
+    await door.post("/runs/update", {"run_id": run_id, "status": "FINISHED"})
+    [told] = await finished(door, run_id)
+    assert (told.conversion.owner, told.conversion.folder, told.conversion.name) == (model_id, "", "model")
+    assert list(told.conversion.flavors) == ["sklearn"]
+    trainer = door.running.stub("trainer")
+    place = {"run_id": run_id, "owner": model_id, "folder": ""}
+    listed = await trainer.ListModelFiles(pb.ListModelFilesRequest(**place))
+    assert sorted(file.path for file in listed.files) == ["MLmodel", "model.pkl"]
+    blob, samples = await stored(door, onnx_model().SerializeToString()), await stored(door, SAMPLES)
+    settle = pb.SettleConversionRequest(**place, blob=blob, samples=samples)
+    await asyncio.gather(*(trainer.SettleConversion(settle) for _ in range(3)))
+    await trainer.SettleConversion(pb.SettleConversionRequest(**place, refused="the first answer counts"))
+    [_, again] = await finished(door, run_id)
+    assert not again.HasField("conversion")
+    [model] = again.models
+    assert (model.name, model.logged_model_id, model.blob.sha256) == ("model", model_id, blob.sha256)
+    assert model.blob.key == blob_key(blob.sha256)  # not where the caller said
+    assert [(tensor.name, tensor.datatype) for tensor in model.signature.inputs] == [("x", "FP32")]
+    assert tag(await get(door, model_id)) == "yes, converted from sklearn"
+
+
+@pytest.mark.parametrize(
+    ("content", "samples", "says"),
+    [
+        (b"pickle", SAMPLES, "what its conversion made cannot be delivered: the file is no ONNX model"),
+        (external("/etc/passwd"), SAMPLES, "what its conversion made cannot be delivered"),
+        (onnx_model().SerializeToString(), b"{}", "what its conversion made cannot be delivered: samples"),
+        (None, None, "no input example"),
+    ],
+)
+async def test_what_cannot_be_converted_says_why(door: Any, content: bytes | None, samples: bytes | None, says: str) -> None:
+    run_id = await new_run(door)
+    model_id = await pickled(door, run_id)
+    await door.post("/runs/update", {"run_id": run_id, "status": "FINISHED"})
+    request = pb.SettleConversionRequest(run_id=run_id, owner=model_id, refused="no input example")
+    if content is not None and samples is not None:
+        request.blob.CopyFrom(await stored(door, content))
+        request.samples.CopyFrom(await stored(door, samples))
+    await door.running.stub("trainer").SettleConversion(request)
+    [_, again] = await finished(door, run_id)
+    assert not again.models
+    assert not again.HasField("conversion")
+    assert again.tags["headrace.deliverable"].startswith(f"model: no: {says}")
+    assert tag(await get(door, model_id)).startswith(f"no: {says}")
+
+
+@pytest.mark.parametrize("tags", [{}, {"headrace.candidate": "second"}, {"headrace.candidate": "absent"}])
+async def test_of_several_models_the_one_that_is_named_is_converted(door: Any, tags: dict[str, str]) -> None:
+    run_id = await new_run(door)
+    for name in ("first", "second"):
+        await pickled(door, run_id, name)
+    for key, value in tags.items():
+        await door.post("/runs/set-tag", {"run_id": run_id, "key": key, "value": value})
+    await door.post("/runs/update", {"run_id": run_id, "status": "FINISHED"})
+    [told] = await finished(door, run_id)
+    assert told.conversion.name == ("second" if tags.get("headrace.candidate") == "second" else "")
+
+
+async def test_parts_of_a_run_are_not_converted(door: Any) -> None:
+    parent, child = await new_run(door), await new_run(door)
+    await door.post("/runs/set-tag", {"run_id": child, "key": "mlflow.parentRunId", "value": parent})
+    await pickled(door, child)
+    await door.post("/runs/update", {"run_id": child, "status": "FINISHED"})
+    [told] = await finished(door, child)
+    assert not told.HasField("conversion")
+
+
+async def test_conversions_are_the_trainers_alone(door: Any) -> None:
+    run_id = await new_run(door)
+    model_id = await pickled(door, run_id)
+    for service in ("gateway", "evaluator"):
+        with pytest.raises((Forbidden, Unauthenticated)):
+            await door.running.stub(service).ListModelFiles(pb.ListModelFilesRequest(run_id=run_id, owner=model_id))
+    with pytest.raises(NotFound):
+        await door.running.stub("trainer").SettleConversion(pb.SettleConversionRequest(run_id=run_id, owner=run_id, refused="x"))

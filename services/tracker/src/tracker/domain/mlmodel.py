@@ -37,7 +37,7 @@ def read_mlmodel(data: bytes) -> MlModel:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _refused(f"its MLmodel file cannot be read: {str(error).splitlines()[0][:200]}") from None
     flavors = document.get("flavors") if isinstance(document, dict) else None
-    if not isinstance(flavors, dict) or len(flavors) > _MAX_FLAVORS:
+    if not isinstance(flavors, dict) or not flavors or len(flavors) > _MAX_FLAVORS:
         raise _refused("its MLmodel file names no flavors")
     names = tuple(sorted(str(name)[:50] for name in flavors if name != "python_function")) or ("python_function",)
     onnx = flavors.get("onnx")
