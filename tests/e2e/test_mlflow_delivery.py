@@ -10,6 +10,7 @@ from tests.e2e.world import GOOD, World, model_bytes
 from tests.mlflow import clients
 
 SCRIPT = Path(clients.HERE) / "delivered.py"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "mlflow"
 
 
 @pytest.mark.parametrize("client", clients.NAMES)

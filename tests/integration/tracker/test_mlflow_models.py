@@ -328,13 +328,12 @@ async def test_a_converted_model_makes_its_run_a_candidate_once(door: Any) -> No
     assert (told.conversion.owner, told.conversion.folder, told.conversion.name) == (model_id, "", "model")
     assert list(told.conversion.flavors) == ["sklearn"]
     trainer = door.running.stub("trainer")
-    place = {"run_id": run_id, "owner": model_id, "folder": ""}
-    listed = await trainer.ListModelFiles(pb.ListModelFilesRequest(**place))
+    listed = await trainer.ListModelFiles(pb.ListModelFilesRequest(run_id=run_id, owner=model_id))
     assert sorted(file.path for file in listed.files) == ["MLmodel", "model.pkl"]
     blob, samples = await stored(door, onnx_model().SerializeToString()), await stored(door, SAMPLES)
-    settle = pb.SettleConversionRequest(**place, blob=blob, samples=samples)
+    settle = pb.SettleConversionRequest(run_id=run_id, owner=model_id, blob=blob, samples=samples)
     await asyncio.gather(*(trainer.SettleConversion(settle) for _ in range(3)))
-    await trainer.SettleConversion(pb.SettleConversionRequest(**place, refused="the first answer counts"))
+    await trainer.SettleConversion(pb.SettleConversionRequest(run_id=run_id, owner=model_id, refused="the first answer counts"))
     [_, again] = await finished(door, run_id)
     assert not again.HasField("conversion")
     [model] = again.models
