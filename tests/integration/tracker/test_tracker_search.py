@@ -23,7 +23,9 @@ from tracker.adapters import logged
 from tracker.adapters.search import SqlSearches
 from tracker.adapters.tables import SCHEMA
 from tracker.domain.filters import NUMERIC, And, Comparison, Filter, Kind, Not, Op, Or, OrderBy
-from tracker.domain.search import Query
+from tracker.domain.run import Run, RunSource, Status
+from tracker.domain.search import FoundRun, Query
+from tracker.entrypoints.mlflow.wire import run_info
 from tracker.searches import Asked, Searches
 
 VIEWER = Caller("gateway", "vic", frozenset({"viewer"}))
@@ -311,6 +313,15 @@ def searched(database: Any) -> Iterator[Searched]:
             runner.run(found.engine.dispose())
 
 
+def _id(found: FoundRun) -> str:
+    return str(msgspec.json.decode(found.json)["info"]["run_id"])
+
+
+def _run(row: Row) -> Run:
+    status = Status(row.status)
+    return Run(row.run_id, row.experiment, row.name, row.user, status, row.stage, row.started, row.ended, RunSource(), "", "", 0, 1, 0)
+
+
 def test_random_filters_orders_and_pages_find_what_the_oracle_finds(searched: Searched) -> None:
     held: list[Row] = []
 
@@ -327,14 +338,16 @@ def test_random_filters_orders_and_pages_find_what_the_oracle_finds(searched: Se
                 experiments=data.draw(st.sampled_from([(1,), (2,), (1, 2), (2, 9)])),
             )
             found = searched.pages(query, data.draw(st.sampled_from([1, 3, 50])))
-            assert [one.run.run_id for one in found] == expected(held, query)
+            assert [_id(one) for one in found] == expected(held, query)
             for one in found:
-                row = next(row for row in held if row.run_id == one.run.run_id)
-                assert {pair["key"]: pair["value"] for pair in msgspec.json.decode(one.params)} == row.params
-                assert {pair["key"]: pair["value"] for pair in msgspec.json.decode(one.tags)} == row.tags
-                metrics = {pair["key"]: float(pair["value"]) for pair in msgspec.json.decode(one.metrics)}
+                row = next(row for row in held if row.run_id == _id(one))
+                told = msgspec.json.decode(one.json)
+                assert told["info"] == run_info(_run(row))
+                assert {pair["key"]: pair["value"] for pair in told["data"]["params"]} == row.params
+                assert {pair["key"]: pair["value"] for pair in told["data"]["tags"]} == row.tags
+                metrics = {pair["key"]: float(pair["value"]) for pair in told["data"]["metrics"]}
                 assert repr(metrics) == repr(dict(sorted(row.metrics.items())))
-                assert [pair["dataset"]["name"] for pair in msgspec.json.decode(one.datasets)] == [name for name, _, _ in row.datasets]
+                assert [pair["dataset"]["name"] for pair in told["inputs"]["dataset_inputs"]] == [name for name, _, _ in row.datasets]
 
     of_some_runs()
 
@@ -347,11 +360,11 @@ def test_tokens_are_good_for_their_own_search_only(searched: Searched) -> None:
         return searched.runner.run(searches.runs(VIEWER, Asked(("active",), experiments=(1,), max_results=2, **asked)))
 
     first, token = search(order_by=["metrics.loss DESC"])
-    assert [int(one.run.run_id, 16) for one in first] == [4, 3]
+    assert [int(_id(one), 16) for one in first] == [4, 3]
     second, token = search(order_by=["metrics.loss DESC"], page_token=token)
-    assert [int(one.run.run_id, 16) for one in second] == [2, 1]
+    assert [int(_id(one), 16) for one in second] == [2, 1]
     last, end = search(order_by=["metrics.loss DESC"], page_token=token)
-    assert ([int(one.run.run_id, 16) for one in last], end) == ([0], "")
+    assert ([int(_id(one), 16) for one in last], end) == ([0], "")
     for wrong in (
         {"order_by": ["metrics.loss"], "page_token": token},
         {"order_by": ["metrics.loss DESC"], "page_token": token, "filter": "metrics.loss > 0"},

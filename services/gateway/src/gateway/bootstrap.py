@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import secrets
 import socket
@@ -25,7 +24,7 @@ from servicekit import rpc, runtoken
 from servicekit.access import GATEWAY, Caller
 from servicekit.clock import Clock, SystemClock, SystemIds
 from servicekit.errors import Unauthenticated
-from servicekit.lifecycle import Closing, Component
+from servicekit.lifecycle import Closing, Component, LoadedHeap
 from servicekit.settings import split_address
 
 from gateway import page
@@ -59,20 +58,6 @@ _READS = ("Get", "List", "Explain")
 """How the names of methods begin that may be tried again without harm."""
 
 
-class _LoadedHeap:
-    """What has been loaded by the end of the start stays: full collections need not walk it, and each would halt every request for
-    some 100 ms."""
-
-    name = "loaded heap"
-
-    async def start(self) -> None:
-        gc.collect()
-        gc.freeze()
-
-    async def stop(self) -> None:
-        gc.unfreeze()
-
-
 def build(settings: GatewaySettings) -> Sequence[Component]:
     """The gateway's components in the order in which they start; for several processes, the component that keeps them."""
     if settings.gateway_processes > 1 and settings.gateway_index < 0:
@@ -99,7 +84,7 @@ def build(settings: GatewaySettings) -> Sequence[Component]:
     host, port = split_address(settings.gateway_address)
     server = DataServer(plane, app, host, port, grace_s=settings.shutdown_grace_s * 0.6, reuse_port=settings.gateway_processes > 1)
     closes = [door.close, *(channel.close for channel in channels), *([spans.close] if spans is not None else [])]
-    components: list[Component] = [Closing(*closes, broker.close), feed, traffic, _LoadedHeap(), server]
+    components: list[Component] = [Closing(*closes, broker.close), feed, traffic, LoadedHeap(), server]
     if settings.gateway_index >= 0:
         components.append(ParentWatch())
     return components

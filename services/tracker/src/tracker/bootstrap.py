@@ -14,7 +14,7 @@ from eventing.outbox import Outbox
 from eventing.relay import Relay
 from servicekit import db
 from servicekit.clock import SystemClock, SystemIds
-from servicekit.lifecycle import Closing, Component
+from servicekit.lifecycle import Closing, Component, LoadedHeap
 from servicekit.rpc import Server
 from servicekit.scratch import Scratch
 from servicekit.settings import parse_token_hashes
@@ -84,6 +84,7 @@ def build(settings: TrackerSettings) -> Sequence[Component]:
         scratch,
         Relay(settings.database_url, SCHEMA, broker, "/headrace/tracker", settings.topic_prefix, outbox=outbox),
         LeaseWatch(tracker, settings.lease_check_s, settings.lease_grace_s),
+        LoadedHeap(),
         api,
         server,
     ]

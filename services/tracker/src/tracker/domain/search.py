@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tracker.domain.errors import Problem, Rejected
 from tracker.domain.filters import EVERYTHING, Filter, Kind, OrderBy, Vocabulary
-from tracker.domain.run import INT64, Experiment, Run
+from tracker.domain.run import INT64, Experiment
 
 Place = tuple[str | int | float | None, ...]
 """The values of a row by which a search is ordered, the last of them making it the only one; None is a missing value."""
@@ -33,19 +33,12 @@ class Query:
     experiments: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FoundRun:
-    """A run that was found. What it logged is JSON as MLflow's wire has it: the arrays of its metrics, params, tags, of its data sets
-    and of the models that it read and made."""
+    """A run that was found, as JSON of MLflow's wire: a page of 1,000 has some megabytes, and nobody on the way looks into them."""
 
-    run: Run
     place: Place
-    metrics: str
-    params: str
-    tags: str
-    datasets: str
-    model_inputs: str
-    model_outputs: str
+    json: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,9 @@ from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tracker.domain.search import FoundRun
 from tracker.entrypoints.mlflow.experiments import experiment_json
 from tracker.entrypoints.mlflow.rules import READ_ALL, endpoints
-from tracker.entrypoints.mlflow.wire import experiment_number, run_info
+from tracker.entrypoints.mlflow.wire import experiment_number
 from tracker.searches import Asked, Searches
 
 FILTER_HEADER = "x-headrace-filter"
@@ -67,27 +66,13 @@ class SearchApi:
         experiments = tuple(dict.fromkeys(experiment_number(one) for one in asked.experiment_ids))
         search = _asked(request, asked, _stages("run_view_type", asked.run_view_type), experiments)
         found, token = await self._searches.runs(current_caller(), search)
-        return _page("runs", [found_run_json(one) for one in found], token)
+        return _page("runs", [msgspec.Raw(one.json.encode()) for one in found], token)
 
     async def _experiments(self, request: Request) -> Response:
         asked = await mlflow.read(request, _Experiments)
         search = _asked(request, asked, _stages("view_type", asked.view_type), ())
         found, token = await self._searches.experiments(current_caller(), search)
         return _page("experiments", [experiment_json(one) for one in found], token)
-
-
-def found_run_json(found: FoundRun) -> dict[str, Any]:
-    """A run as MLflow writes it, the same as `wire.run_json`; what the run logged comes as JSON and is not read on the way."""
-    return {
-        "info": run_info(found.run),
-        "data": {"metrics": _raw(found.metrics), "params": _raw(found.params), "tags": _raw(found.tags)},
-        "inputs": {"dataset_inputs": _raw(found.datasets), "model_inputs": _raw(found.model_inputs)},
-        "outputs": {"model_outputs": _raw(found.model_outputs)},
-    }
-
-
-def _raw(json: str) -> msgspec.Raw:
-    return msgspec.Raw(json.encode())
 
 
 def _asked(request: Request, asked: _Runs | _Experiments, stages: tuple[str, ...], experiments: tuple[int, ...]) -> Asked:
@@ -111,5 +96,5 @@ def _stages(name: str, given: str | int) -> tuple[str, ...]:
     return _STAGES[view]
 
 
-def _page(name: str, things: list[dict[str, Any]], token: str) -> Response:
+def _page(name: str, things: Sequence[Any], token: str) -> Response:
     return mlflow.answer({name: things, "next_page_token": token} if token else {name: things})
