@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from uv import find_uv_bin
@@ -19,9 +20,13 @@ NAMES = ("current", "older")
 
 
 def python(name: str) -> Path:
-    """The interpreter of the environment `name`. Blocks while it is made; safe to call from several processes."""
-    lock = HERE / name / "requirements.lock"
-    target = CACHE / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
+    """The interpreter of the client's environment `name`. Blocks while it is made; safe to call from several processes."""
+    return of_lock(HERE / name / "requirements.lock")
+
+
+def of_lock(lock: Path) -> Path:
+    """The interpreter of an environment of this lock file; as `python`."""
+    target = CACHE / f"{lock.parent.name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
     interpreter = target / "bin" / "python"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as held:
@@ -36,7 +41,9 @@ def python(name: str) -> Path:
     return interpreter
 
 
-async def run(interpreter: Path, script: Path, url: str, key: str, *arguments: str, folder: Path) -> tuple[int, str, str]:
+async def run(
+    interpreter: Path, script: Path, url: str, key: str, *arguments: str, folder: Path, variables: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
     """Runs a script in `folder` with a clean environment as a user would, MLFLOW_TRACKING_URI set; exit code, output, errors."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -46,6 +53,7 @@ async def run(interpreter: Path, script: Path, url: str, key: str, *arguments: s
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # An error that the client tries again would take minutes to be told.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        **(variables or {}),
     }
     started = await asyncio.create_subprocess_exec(
         str(interpreter),
