@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from localstack import layout, process, seaweed, triton
+from localstack import layout, mlflow_page, process, seaweed, triton
 from localstack.cache import Progress, exclusive
 from localstack.errors import Missing, StackError
 from localstack.layout import Paths
@@ -220,7 +220,10 @@ def _check_machine() -> None:
 def _prepare(state: Path, show: Progress, with_services: bool) -> None:
     stack = layout.make(state, with_services=with_services)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for done in [pool.submit(part.server.prepare, show) for part in stack.parts]:
+        work = [part.server.prepare for part in stack.parts]
+        if with_services:
+            work.append(mlflow_page.fetch_if_possible)
+        for done in [pool.submit(each, show) for each in work]:
             done.result()
 
 

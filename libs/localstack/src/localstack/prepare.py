@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from localstack import kafka, minio, postgres, seaweed, triton
+from localstack import kafka, minio, mlflow_page, postgres, seaweed, triton
 from localstack.cache import Progress
 from localstack.errors import StackError
 from localstack.progress import shown
 
 
 def fetch(progress: Progress, *, with_minio: bool = False) -> None:
-    """Kafka's jars and class archive, Triton's environment and, if wanted, MinIO. Blocks, up to minutes the first time; may be repeated.
+    """Kafka's jars and class archive, Triton's environment, MLflow's page and, if wanted, MinIO.
 
-    Raises StackError.
+    Blocks, up to minutes the first time; may be repeated. Raises StackError.
     """
-    work: list[Callable[[Progress], Path]] = [kafka.fetch, triton.runtime]
+    work: list[Callable[[Progress], Path]] = [kafka.fetch, triton.runtime, mlflow_page.fetch]
     if with_minio:
         work.append(minio.binary)
     postgres.binaries()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from localstack import mlflow_page
 from localstack.cache import Progress, cache_dir
 from localstack.ports import LOOPBACK
 from localstack.process import Child, spawn
@@ -118,6 +119,8 @@ def environment(service: Service, at: Addresses, state_dir: Path) -> dict[str, s
                 "TRACES_URL": at.otlp,
                 "TRACES_SECRET": at.traces_secret,
             }
+            if (page := mlflow_page.installed()) is not None:
+                settings["MLFLOW_PAGE"] = str(page)
         case "trainer":
             settings["PUBLIC_URL"] = f"http://{at.gateway}"
             # Like every download it outlives the state of one stack: PyTorch alone takes minutes.
