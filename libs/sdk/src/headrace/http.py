@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -90,6 +92,10 @@ class Client:
     def put(self, path: str, body: Mapping[str, Any]) -> Json:
         return self._json("PUT", path, body=body, repeatable=True)
 
+    def patch(self, path: str, body: Mapping[str, Any]) -> Json:
+        """PATCH a JSON object. Repeatable: what a PATCH says here is how things are to be."""
+        return self._json("PATCH", path, body=body, repeatable=True)
+
     def delete(self, path: str) -> Json:
         return self._json("DELETE", path, repeatable=True)
 
@@ -103,6 +109,29 @@ class Client:
                     answer.read()
                     _raise(answer)
                 yield from answer.iter_lines()
+        except httpx.TransportError as error:
+            raise Unreachable(f"the connection to {self.target.url} was lost: {error}") from error
+
+    def send_file(self, path: str, file: Path) -> None:
+        """PUTs a file as a body, in constant memory. Repeatable; tried once."""
+        with file.open("rb") as opened:
+            headers = {"content-length": str(os.fstat(opened.fileno()).st_size), "content-type": "application/octet-stream"}
+            try:
+                answer = self._http.put(path, content=_pieces(opened), headers=headers, timeout=httpx.Timeout(300.0, connect=5.0))
+            except httpx.TransportError as error:
+                raise self._silent(error) from error
+        if answer.status_code >= 400:
+            _raise(answer)
+
+    def fetch_file(self, path: str, file: Path) -> None:
+        """GETs what is at `path` into a new file, in constant memory. A broken transfer leaves part of a file."""
+        try:
+            with file.open("xb") as opened, self._http.stream("GET", path, timeout=httpx.Timeout(300.0, connect=5.0)) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    _raise(answer)
+                for piece in answer.iter_bytes(1 << 20):
+                    opened.write(piece)
         except httpx.TransportError as error:
             raise Unreachable(f"the connection to {self.target.url} was lost: {error}") from error
 
@@ -143,6 +172,11 @@ class Client:
         raise AssertionError("unreachable: the loop ends by returning or raising")
 
 
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(1 << 20):
+        yield piece
+
+
 def pause(attempt: int) -> float:
     """Seconds between attempt number `attempt`, from 0 on, and the next: from 0.2 to 4, and some less at random."""
     return float(min(4.0, 0.2 * 2 ** min(attempt, 6)) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, not a secret
@@ -151,7 +185,9 @@ def pause(attempt: int) -> float:
 def _raise(answer: httpx.Response) -> None:
     """Turns an error answer into the exception of its kind."""
     try:
-        error = answer.json()["error"]
+        told = answer.json()
+        # MLflow's API has its code and message at the top.
+        error = {"message": told["message"], "code": told["error_code"]} if "error_code" in told else told["error"]
         if isinstance(error, str):  # the Open Inference Protocol's form
             error = {"message": error}
         message, code = str(error.get("message", "")), str(error.get("code", ""))

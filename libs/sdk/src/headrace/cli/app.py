@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from headrace.cli import data, deadletters, deliveries, keys, models, predict, rollouts, stack, traces, training
+from headrace.cli import data, deadletters, deliveries, keys, models, predict, rollouts, stack, sync, traces, training
 from headrace.cli.output import fail
 from headrace.http import HeadraceError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (stack, deliveries, training, models, rollouts, predict, traces, data, deadletters, keys):
+for module in (stack, deliveries, training, models, rollouts, predict, traces, data, sync, deadletters, keys):
     module.register(app)
 
 

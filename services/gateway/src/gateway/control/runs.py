@@ -32,6 +32,7 @@ class NewRun(BaseModel):
     lease_seconds: int = Field(default=0, ge=0, le=3600, description="More than 0: the run fails when nobody renews it for so long.")
     source: SourceIn = SourceIn()
     parent_run_id: str = ""
+    started_ms: int = Field(default=0, ge=0, description="Milliseconds since 1970; 0: now. For runs that began elsewhere.")
     request_id: str = Field(default="", description="The same one again answers the same run.")
 
 
@@ -110,7 +111,7 @@ async def create_run(body: NewRun, peers: PeersOf) -> Json:
         experiment_id=experiment_id,
         name=body.name,
         user=current_caller().subject,  # who approves must be able to rely on who made it
-        started_ms=int(time.time() * 1000),
+        started_ms=body.started_ms or int(time.time() * 1000),
         tags=body.tags,
         source=events_pb2.RunSource(commit=body.source.commit, dirty=body.source.dirty, command=body.source.command),
         lease_seconds=body.lease_seconds,
