@@ -33,7 +33,8 @@ from scripts.demo.events import Told, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
 FLIGHTS = ROOT / "examples" / "flights"
-DELIVERY = "flight-delays"
+MLFLOW = ROOT / "examples" / "mlflow"
+DELIVERY, CHURN = "flight-delays", "churn"
 RATE = 100.0
 MAY_ROWS = 12_000
 
@@ -150,6 +151,10 @@ def run(state_dir: Path, *, keep: bool) -> None:
             notes.append(check_stages(rollout, explained(client, fourth["rollout_id"])["decisions"]))
     finally:
         ledger = stop_client(traffic, state_dir / "ledger.json")
+    with story.chapter("a script that knows MLflow alone, with a scikit-learn model") as notes:
+        arrived = deliver_mlflow(client, info.gateway_url, key, state_dir / "demo-mlflow")
+        expect(arrived["state"] == "completed", f"what MLflow logged must go live, but it is {arrived['state']}: {arrived['detail']}")
+        notes.append(f"converted to ONNX; {CHURN} v{arrived['version']} serves")
     with story.chapter("from one prediction back to data and commit") as notes:
         request_id = ledger["versions"][str(second["version"])]["last_request"]
         traced = wait_for_trace(client, request_id)
@@ -205,9 +210,10 @@ def prepare_data(state_dir: Path) -> dict[str, Path]:
     return {"training": training, "holdout": holdout, "requests": requests}
 
 
-def _call(command: list[str], environment: dict[str, str]) -> None:
+def _call(command: list[str], environment: dict[str, str]) -> str:
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     expect(done.returncode == 0, f"{' '.join(command[:3])} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 
 def train(client: Client, name: str, words: list[str]) -> dict[str, Any]:
@@ -221,6 +227,20 @@ def train(client: Client, name: str, words: list[str]) -> dict[str, Any]:
     expect(training["status"] == "succeeded", f"training {name}: {training['status']}: {training['reason']}")
     console.print(f"          trained in {time.monotonic() - began:.1f} s, run {training['run_id']}", style="dim")
     return follow(client, DELIVERY, training["run_id"], timeout_s=240)
+
+
+def deliver_mlflow(client: Client, url: str, key: str, work: Path) -> dict[str, Any]:
+    """Runs the example as its user would, in an environment of its lock, and follows its run to the end of its journey."""
+    work.mkdir()
+    python, holdout = work / "venv" / "bin" / "python", work / "holdout.parquet"
+    _call([find_uv_bin(), "venv", "--no-config", "--quiet", "--python", sys.executable, str(work / "venv")], {})
+    installing = [find_uv_bin(), "pip", "sync", "--no-config", "--quiet", "--require-hashes", "--python", str(python)]
+    _call([*installing, str(MLFLOW / "requirements.lock")], {})
+    _call([str(python), str(MLFLOW / "holdout.py"), str(holdout)], {})
+    push_dataset("churn-holdout", holdout, holdout=True, client=client)
+    client.post("/api/v1/deliveries/apply", {"yaml": (MLFLOW / "delivery.yaml").read_text()}, repeatable=True)
+    printed = _call([str(python), str(MLFLOW / "train_sklearn.py")], {"MLFLOW_TRACKING_URI": url, "MLFLOW_TRACKING_TOKEN": key})
+    return follow(client, CHURN, printed.split()[-1], timeout_s=240)
 
 
 def start_client(url: str, client: Client, rows: Path, ledger: Path) -> subprocess.Popen[bytes]:

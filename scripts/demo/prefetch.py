@@ -13,7 +13,7 @@ from pathlib import Path
 from localstack.cache import cache_dir
 from uv import find_uv_bin
 
-LOCK = Path(__file__).resolve().parents[2] / "examples" / "flights" / "requirements.lock"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def main() -> None:
@@ -23,7 +23,8 @@ def main() -> None:
     # An environment that is thrown away, on the disk of the real one: what uv unpacked stays in its cache, and both are links to it.
     with tempfile.TemporaryDirectory(prefix="prefetch-", dir=scratch) as folder:
         uv = [find_uv_bin(), "pip", "install", "--no-config", "--quiet", "--require-hashes", "--python", sys.executable]
-        subprocess.run([*uv, "--target", folder, "-r", str(LOCK)], check=True)
+        for number, lock in enumerate(sorted(EXAMPLES.glob("*/requirements.lock"))):
+            subprocess.run([*uv, "--target", f"{folder}/{number}", "-r", str(lock)], check=True)
 
 
 if __name__ == "__main__":
