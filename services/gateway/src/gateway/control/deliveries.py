@@ -76,7 +76,8 @@ async def journeys(name: str, peers: PeersOf, run_id: str = "", limit: int = 20)
 async def _before_evaluation(peers: Peers, run_id: str) -> Json:
     run = (await peers.tracker.GetRun(tracker_pb.GetRunRequest(run_id=run_id))).run
     state = {"RUNNING": "training", "SCHEDULED": "training", "FINISHED": "finished"}.get(run.status, "failed")
-    detail = run.reason or ("its model is being converted, or the evaluator has not taken it up yet" if state == "finished" else run.status.lower())
+    waits = "its model is being converted, or the evaluator has not taken it up yet"
+    detail = run.reason or (waits if state == "finished" else run.status.lower())
     return {"run_id": run_id, "state": state, "detail": detail}
 
 
