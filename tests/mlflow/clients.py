@@ -16,7 +16,7 @@ from uv import find_uv_bin
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / ".cache" / "mlflow-clients"
 NAMES = ("current", "older")
-"""The newest client, and the last one before MLflow 3."""
+"""The newest client, and the last one before MLflow 3. `browser` is an environment, too: that which drives Chromium."""
 
 
 def python(name: str) -> Path:
