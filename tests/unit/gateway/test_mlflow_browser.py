@@ -55,7 +55,9 @@ async def test_a_person_signs_in_with_a_key_works_and_signs_out(world: World) ->
         assert "cookie" not in told["headers"]
         assert (await http.post("/mlflow/graphql", content=b"{}", headers=JSON | own(world))).json()["target"] == "/graphql"
         assert (await http.get("/mlflow/get-artifact?path=a")).json()["target"] == "/get-artifact?path=a"
-        assert (await http.get("/mlflow/model-versions/get-artifact?path=a")).json()["service"] == "registry"
+        world.registry.stored_at = "runs:/r1/model"
+        of_version = await http.get("/mlflow/model-versions/get-artifact?name=m&version=1&path=MLmodel")
+        assert of_version.json()["target"] == "/get-artifact?run_uuid=r1&path=model%2FMLmodel"
         assert (await http.get("/ajax-api/2.0/mlflow/runs/get")).status_code == 200
         assert (await http.get("/mlflow/sign-out")).status_code == 200
         assert (await http.post("/mlflow/sign-out", headers=own(world))).status_code == 303

@@ -52,6 +52,8 @@ class Service:
     sent: int = 0
     left: int = 0
     going_on: asyncio.Event = field(default_factory=asyncio.Event)
+    stored_at: str = ""
+    """What it says of where a model version is."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         raw = scope["raw_path"].decode()
@@ -62,6 +64,10 @@ class Service:
         what = scope["path"].rpartition("/")[2]
         if what == "early":
             await self._answer(send, 403, b'{"error_code":"PERMISSION_DENIED","message":"no"}')
+            return
+        if what == "get-download-uri":
+            known = json.dumps({"artifact_uri": self.stored_at}).encode()
+            await self._answer(send, 200 if self.stored_at else 404, known if self.stored_at else b'{"message":"no such version"}')
             return
         if what == "endless":
             await self._endless(send, receive)
@@ -319,7 +325,6 @@ async def test_a_header_by_which_is_decided_comes_once(world: World, name: str) 
         ("http://elsewhere/api/2.0/mlflow/runs/get", "tracker"),
         ("/api/2.0/mlflow//registered-models/get", "tracker"),
         ("/api/2.0/mlflow/runs/get%zz", "tracker"),
-        ("/model-versions/get-artifact", "registry"),
         ("/get-artifact?path=x", "tracker"),
         ("/graphql", "tracker"),
     ],
@@ -332,6 +337,47 @@ async def test_the_service_reads_the_path_by_which_it_was_chosen(world: World, p
     plain = path.removeprefix("http://elsewhere").partition("?")[0]
     assert asked.path == httpx.URL(plain).path if "%zz" not in plain else asked.path.endswith("%zz")
     assert "%2F" not in asked.target
+
+
+M = "m-" + "a" * 32
+
+
+@pytest.mark.parametrize(
+    ("stored_at", "target"),
+    [
+        ("runs:/r1/model", "/get-artifact?run_uuid=r1&path=model%2Fa%2FMLmodel%26x"),
+        (f"models:/{M}", f"/api/2.0/mlflow/logged-models/{M}/artifacts/files?artifact_file_path=a%2FMLmodel%26x"),
+        ("mlflow-artifacts:/0/r1/artifacts/model", "/api/2.0/mlflow-artifacts/artifacts/0/r1/artifacts/model/a/MLmodel&x"),
+    ],
+)
+async def test_a_file_of_a_version_comes_from_where_the_registry_says(world: World, stored_at: str, target: str) -> None:
+    world.registry.stored_at = stored_at
+    async with world.http() as http:
+        told = (await http.get("/model-versions/get-artifact", params={"name": "a b", "version": "3", "path": "a/MLmodel&x"})).json()
+    assert (told["service"], told["target"]) == ("tracker", target)
+    [asked] = world.registry.asked
+    assert asked.target == "/api/2.0/mlflow/model-versions/get-download-uri?name=a+b&version=3"
+    assert asked.headers["headrace-subject"] == told["headers"]["headrace-subject"] == "user@here"
+
+
+@pytest.mark.parametrize(
+    ("stored_at", "query", "status"),
+    [
+        ("", {"name": "a", "version": "3", "path": "x"}, 404),
+        ("dummy-source", {"name": "a", "version": "3", "path": "x"}, 404),
+        ("https://elsewhere/x", {"name": "a", "version": "3", "path": "x"}, 404),
+        ("mlflow-artifacts:/0/r/artifacts", {"name": "a", "version": "3", "path": "../../x"}, 400),
+        ("mlflow-artifacts:/0/r/artifacts", {"name": "a", "version": "3", "path": "/x"}, 400),
+        ("runs:/r/m", {"name": "a", "version": "3"}, 400),
+        ("runs:/r/m", {"path": "x"}, 400),
+    ],
+)
+async def test_a_version_without_that_file_is_told(world: World, stored_at: str, query: dict[str, str], status: int) -> None:
+    world.registry.stored_at = stored_at
+    async with world.http() as http:
+        answer = await http.get("/model-versions/get-artifact", params=query)
+    assert answer.status_code == status
+    assert world.tracker.asked == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes
+from urllib.parse import parse_qs, quote, unquote, unquote_to_bytes, urlencode
 
 import aiohttp
 from servicekit import access, errors, mlflow, telemetry
@@ -34,7 +34,10 @@ AJAX = ("/ajax-api/2.0/", "/ajax-api/3.0/")
 PREFIXES = ("/api/2.0/", "/api/3.0/", *AJAX)
 """What begins so is MLflow's."""
 
-BESIDE_PAGE = frozenset({"/graphql", "/get-artifact", "/model-versions/get-artifact"})
+OF_VERSION = "/model-versions/get-artifact"
+"""A file of a model version: the registry knows where it is, and the tracker has it."""
+
+BESIDE_PAGE = frozenset({"/graphql", "/get-artifact", OF_VERSION})
 ALONE = BESIDE_PAGE | {"/version", "/health"}
 """What else MLflow's server answers beside its API: all but the last two for its page."""
 
@@ -261,13 +264,40 @@ class MlflowDoor:
 
     async def _pass(self, request: _Request, path: str, caller: Caller, send: Send) -> None:
         """Asks the service for `path`, as the gateway, for `caller`, and hands its answer on."""
+        query = request.scope["query_string"].decode("latin-1")
+        if path == OF_VERSION:
+            path, query = await self._of_version(request, query, caller)
+        await self._pass_to(request, path, query, caller, send)
+
+    async def _of_version(self, request: _Request, query: str, caller: Caller) -> tuple[str, str]:
+        """Where the tracker has a file of a model version: path and query. Raises what the registry told, NotFound, Invalid."""
+        if request.method not in browser.SAFE:
+            raise NotFound(f"there is no {request.method} here")
+        asked = parse_qs(query, keep_blank_values=True, max_num_fields=8)
+        name, version, file = (asked.get(field, [""])[-1] for field in ("name", "version", "path"))
+        if not (name and version and file):
+            raise Invalid("name, version and path are needed, each once")
+        where = URL(f"{self._registry}/api/2.0/mlflow/model-versions/get-download-uri").with_query({"name": name, "version": version})
+        try:
+            async with asyncio.timeout(_SILENT_S), self._session(files=False).get(where, headers=self._headers({}, caller)) as answer:
+                told = await answer.json(content_type=None)
+        except TimeoutError as error:
+            raise DeadlineExceeded(errors.FOREIGN_SENTENCES[DeadlineExceeded], detail=str(error)) from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise Unavailable(errors.FOREIGN_SENTENCES[Unavailable], detail=str(error)) from error
+        if answer.status == 404:
+            raise NotFound(told.get("message", "there is no such version"))
+        if answer.status != 200:
+            raise Invalid(told.get("message", "the registry does not say where this version is"))
+        return _stored_at(told["artifact_uri"], file)
+
+    async def _pass_to(self, request: _Request, path: str, query: str, caller: Caller, send: Send) -> None:
         if request.method not in _METHODS:
             raise NotFound(f"there is no {request.method} here")
         files = _BYTES.match(path) is not None
         limit = self._limits.upload_bytes if _UPLOAD.match(path) else self._limits.body_bytes
         if int(request.headers.get("content-length", 0)) > limit:
             raise TooLarge(f"the body is larger than {limit} bytes")
-        query = request.scope["query_string"].decode("latin-1")
         service = self._registry if _REGISTRY.match(path) else self._tracker
         # Written anew from what was read of it: the service reads what was looked at here.
         target = URL(f"{service}{quote(path, safe=_PLAIN)}{'?' if query else ''}{query}", encoded=True)
@@ -378,6 +408,22 @@ _PLAIN = "/:@!$&'()*+,;=-._~"
 
 
 _UNSPEAKABLE = re.compile(r"[\x00-\x1f\x7f\\]|(?:^|/)\.\.?(?:/|$)")
+
+
+def _stored_at(uri: str, file: str) -> tuple[str, str]:
+    """Path and query by which the tracker hands out a file of what a version was made from. Raises NotFound, Invalid."""
+    if _UNSPEAKABLE.search(file) or file.startswith("/"):
+        raise Invalid("the path of the file holds . or .. as a part, a backslash or a control character, or begins with /")
+    scheme, _, rest = uri.partition(":")
+    rest = rest.strip("/")
+    if scheme == "models":
+        return f"/api/2.0/mlflow/logged-models/{rest}/artifacts/files", urlencode({"artifact_file_path": file})
+    if scheme == "runs":
+        run_id, _, folder = rest.partition("/")
+        return "/get-artifact", urlencode({"run_uuid": run_id, "path": f"{folder}/{file}" if folder else file})
+    if scheme == "mlflow-artifacts":
+        return f"/api/2.0/mlflow-artifacts/artifacts/{rest}/{file}", ""
+    raise NotFound("this version has no files")
 
 
 def _is_mine(path: str) -> bool:
