@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from artifacts import onnxfile
+from artifacts import onnxfile, onnxwire
 from artifacts.onnxfile import check_one_file
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
@@ -185,7 +185,7 @@ def test_depth_and_size_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         graph = _field(1, _field(5, _field(6, graph)))
     with pytest.raises(Invalid, match="no ONNX model"):
         check_one_file(written(tmp_path, _field(7, graph)))
-    monkeypatch.setattr(onnxfile, "MAX_FIELDS", 10)
+    monkeypatch.setattr(onnxwire, "MAX_FIELDS", 10)
     with pytest.raises(TooLarge, match="more than 10 parts"):
         check_one_file(written(tmp_path, b"\x08\x08" * 11))
     monkeypatch.setattr(onnxfile, "MAX_ONNX_BYTES", 20)

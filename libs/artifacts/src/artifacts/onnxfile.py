@@ -13,10 +13,12 @@ from pathlib import Path
 
 from servicekit.errors import Invalid, TooLarge
 
+from artifacts import onnxwire
+from artifacts.onnxwire import BYTES, EIGHT_BYTES, FOUR_BYTES, VARINT, malformed, too_many, varint
+
 MAX_ONNX_BYTES = 2**31 - 1
 """The most that a protobuf message, and so an ONNX file, can hold."""
 
-MAX_FIELDS = 10_000_000
 MAX_DEPTH = 100
 """Of messages in one another: what protobuf itself allows."""
 
@@ -35,8 +37,6 @@ INNER: dict[str, dict[int, str]] = {
 
 NAME, EXTERNAL_DATA, DATA_LOCATION = 8, 13, 14
 """Fields of a tensor."""
-
-_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 # Forests of decision trees hold millions of numbers, one field each: AttributeProto.floats (7) and .ints (8). Runs of them are skipped.
 _RUN = re.compile(rb"(?:\x3d.{4}){1,100000}+|(?:\x40[\x80-\xff]{0,9}+[\x00-\x7f]){1,100000}+", re.DOTALL)
@@ -62,7 +62,7 @@ def _external_tensor(data: mmap.mmap) -> str | None:
     outer: list[tuple[str, int, int]] = []
     kind, at, end = "ModelProto", 0, len(data)
     name, external = "", False
-    left = MAX_FIELDS
+    left = onnxwire.MAX_FIELDS
     while True:
         if at == end:
             if external:
@@ -77,16 +77,16 @@ def _external_tensor(data: mmap.mmap) -> str | None:
             continue
         left -= 1
         if left < 0:
-            raise TooLarge(f"the model has more than {MAX_FIELDS} parts, which is the most that is looked at")
+            raise too_many()
         tag, at = varint(data, at, end)
         number, wire = tag >> 3, tag & 7
         if not 1 <= number < 2**29:
             raise malformed()
-        if wire == _VARINT:
+        if wire == VARINT:
             value, at = varint(data, at, end)
             # An enum has 32 bits; a later DEFAULT does not take this back.
             external |= kind == TENSOR and number == DATA_LOCATION and value & 0xFFFF_FFFF != 0
-        elif wire == _BYTES:
+        elif wire == BYTES:
             size, start = varint(data, at, end)
             at = start + size
             if at > end:
@@ -100,27 +100,9 @@ def _external_tensor(data: mmap.mmap) -> str | None:
                 name = data[start : min(at, start + 200)].decode(errors="replace")
             elif kind == TENSOR and number == EXTERNAL_DATA:
                 external = True
-        elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
-            at += 8 if wire == _EIGHT_BYTES else 4
+        elif wire in (EIGHT_BYTES, FOUR_BYTES):
+            at += 8 if wire == EIGHT_BYTES else 4
             if at > end:
                 raise malformed()
         else:  # groups, which ONNX has not
             raise malformed()
-
-
-def varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """A number of up to ten bytes, and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= end:
-            break
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise malformed()
-
-
-def malformed() -> Invalid:
-    return Invalid("the file is no ONNX model: it is not written as protobuf is")

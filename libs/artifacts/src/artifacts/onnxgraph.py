@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from servicekit.errors import TooLarge
-
-from artifacts.onnxfile import MAX_FIELDS, malformed, varint
+from artifacts.onnxwire import BYTES, VARINT, Fields, malformed
 
 DATATYPES = {
     1: "FP32",
@@ -41,8 +39,6 @@ _ELEMENT, _SHAPE = 1, 2
 _DIMENSION = 1
 _LENGTH = 1
 
-_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
-
 
 @dataclass(frozen=True, slots=True)
 class GraphValue:
@@ -65,7 +61,7 @@ def read_graph(path: Path) -> tuple[tuple[GraphValue, ...], tuple[GraphValue, ..
 class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
-        self._left = MAX_FIELDS
+        self._fields = Fields(data)
 
     def graph(self) -> tuple[tuple[GraphValue, ...], tuple[GraphValue, ...]]:
         inputs: list[GraphValue] = []
@@ -85,18 +81,18 @@ class _Reader:
         datatype, shape = "", None
         for kind in self._inner(start, end, _VALUE_TYPE):
             for tensor in self._inner(*kind, _TENSOR_TYPE):
-                for number, wire, first, last in self._fields(*tensor):
-                    if number == _ELEMENT and wire == _VARINT:
+                for number, wire, first, last, _ in self._fields.of(*tensor):
+                    if number == _ELEMENT and wire == VARINT:
                         datatype = DATATYPES.get(first, "")
-                    elif number == _SHAPE and wire == _BYTES:
+                    elif number == _SHAPE and wire == BYTES:
                         shape = tuple(self._length(*dimension) for dimension in self._inner(first, last, _DIMENSION))
         return GraphValue(self._text(start, end, _VALUE_NAME), datatype, shape)
 
     def _length(self, start: int, end: int) -> int:
         """A dimension with a name, or with neither name nor length, is of any length. So is one of length 0, as some exporters write it."""
         length = -1
-        for number, wire, value, _ in self._fields(start, end):
-            if number == _LENGTH and wire == _VARINT:
+        for number, wire, value, _, _ in self._fields.of(start, end):
+            if number == _LENGTH and wire == VARINT:
                 length = value if 0 < value < 2**63 else -1
         return length
 
@@ -113,27 +109,4 @@ class _Reader:
         return ((first, last) for number, first, last in self._messages(start, end) if number == wanted)
 
     def _messages(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        return ((number, first, last) for number, wire, first, last in self._fields(start, end) if wire == _BYTES)
-
-    def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Number, wire type, and where the content begins and ends; of a number, itself and where it ends."""
-        while at < end:
-            self._left -= 1
-            if self._left < 0:
-                raise TooLarge(f"the model has more than {MAX_FIELDS} parts, which is the most that is looked at")
-            tag, at = varint(self._data, at, end)
-            number, wire = tag >> 3, tag & 7
-            if wire == _VARINT:
-                value, at = varint(self._data, at, end)
-                yield number, wire, value, at
-                continue
-            if wire == _BYTES:
-                size, first = varint(self._data, at, end)
-            elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
-                size, first = 8 if wire == _EIGHT_BYTES else 4, at
-            else:
-                raise malformed()
-            at = first + size
-            if at > end:
-                raise malformed()
-            yield number, wire, first, at
+        return ((number, first, last) for number, wire, first, last, _ in self._fields.of(start, end) if wire == BYTES)

@@ -6,20 +6,20 @@ Reads and writes the protobuf wire format by itself, with the weights passed fro
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from servicekit.errors import Invalid, TooLarge
 
-from artifacts.onnxfile import DATA_LOCATION, EXTERNAL_DATA, INNER, MAX_DEPTH, MAX_FIELDS, MAX_ONNX_BYTES, NAME, TENSOR, malformed, varint
+from artifacts.onnxfile import DATA_LOCATION, EXTERNAL_DATA, INNER, MAX_DEPTH, MAX_ONNX_BYTES, NAME, TENSOR
+from artifacts.onnxwire import BYTES, VARINT, Fields, malformed
 
 RAW_DATA = 9
 """The field of a tensor that holds its values as they lie in memory."""
 
 _KEY, _VALUE = 1, 2
-_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 _CHUNK = 1024 * 1024
 _MAX_ENTRY = 4096
 
@@ -79,7 +79,7 @@ class _Packer:
         self.named: set[str] = set()
         self._data = data
         self._sizes = sizes
-        self._left = MAX_FIELDS
+        self._fields = Fields(data)
 
     def pieces(self, kind: str, start: int, end: int, depth: int) -> list[_Piece] | None:
         """The message with its tensors in it; None when it stays as it is."""
@@ -89,8 +89,8 @@ class _Packer:
             return self._tensor(start, end)
         changed: list[_Piece] = []
         kept = start
-        for number, wire, first, last, began in self._fields(start, end):
-            if wire != _BYTES or number not in INNER[kind]:
+        for number, wire, first, last, began in self._fields.of(start, end):
+            if wire != BYTES or number not in INNER[kind]:
                 continue
             inner = self.pieces(INNER[kind][number], first, last, depth + 1)
             if inner is not None:
@@ -102,15 +102,15 @@ class _Packer:
         name, external = "", False
         entries: dict[str, str] = {}
         kept: list[_Piece] = []
-        for number, wire, first, last, began in self._fields(start, end):
-            if number == EXTERNAL_DATA and wire == _BYTES:
+        for number, wire, first, last, began in self._fields.of(start, end):
+            if number == EXTERNAL_DATA and wire == BYTES:
                 key, value = self._entry(first, last)
                 entries[key] = value
-            elif number == DATA_LOCATION and wire == _VARINT:
+            elif number == DATA_LOCATION and wire == VARINT:
                 external = first & 0xFFFF_FFFF != 0
             elif number != RAW_DATA:
                 kept.append(_Slice("", began, last))
-                if number == NAME and wire == _BYTES:
+                if number == NAME and wire == BYTES:
                     name = self._data[first : min(last, first + 200)].decode(errors="replace")
         if not external and not entries:
             return None
@@ -129,36 +129,12 @@ class _Packer:
 
     def _entry(self, start: int, end: int) -> tuple[str, str]:
         texts = {_KEY: "", _VALUE: ""}
-        for number, wire, first, last, _ in self._fields(start, end):
-            if number in texts and wire == _BYTES:
+        for number, wire, first, last, _ in self._fields.of(start, end):
+            if number in texts and wire == BYTES:
                 if last - first > _MAX_ENTRY:
                     raise malformed()
                 texts[number] = self._data[first:last].decode(errors="replace")
         return texts[_KEY], texts[_VALUE]
-
-    def _fields(self, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Number, wire type, where the content begins (of a number: itself) and ends, and where the field began."""
-        while at < end:
-            self._left -= 1
-            if self._left < 0:
-                raise TooLarge(f"the model has more than {MAX_FIELDS} parts, which is the most that is looked at")
-            began = at
-            tag, at = varint(self._data, at, end)
-            number, wire = tag >> 3, tag & 7
-            if wire == _VARINT:
-                value, at = varint(self._data, at, end)
-                yield number, wire, value, at, began
-                continue
-            if wire == _BYTES:
-                size, first = varint(self._data, at, end)
-            elif wire in (_EIGHT_BYTES, _FOUR_BYTES):
-                size, first = 8 if wire == _EIGHT_BYTES else 4, at
-            else:
-                raise malformed()
-            at = first + size
-            if at > end:
-                raise malformed()
-            yield number, wire, first, at, began
 
 
 def _opened(path: Path) -> mmap.mmap:
@@ -178,7 +154,7 @@ def _size(piece: _Piece) -> int:
 def _head(number: int, size: int) -> bytes:
     """The tag and the length that stand before a field's content."""
     out = bytearray()
-    for value in (number << 3 | _BYTES, size):
+    for value in (number << 3 | BYTES, size):
         while value > 0x7F:
             out.append(value & 0x7F | 0x80)
             value >>= 7

@@ -14,6 +14,7 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid, TooLarge, Unavailable
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from tracker.artifacts import MAX_LISTED, Artifacts, Content
 from tracker.domain.artifact import Listed, Place, location, place
-from tracker.entrypoints.mlflow.rules import READ, WRITE, endpoints
+from tracker.entrypoints.mlflow.rules import READ, WRITE
 from tracker.entrypoints.mlflow.wire import OfRun, required
 from tracker.handlers import told
 

@@ -9,12 +9,13 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tracker.domain.run import Experiment
-from tracker.entrypoints.mlflow.rules import READ, WRITE_ALL, endpoints
+from tracker.entrypoints.mlflow.rules import READ, WRITE_ALL
 from tracker.entrypoints.mlflow.wire import KeyValue, experiment_location, experiment_number, key_values, required, texts
 from tracker.experiments import Experiments
 

@@ -9,13 +9,14 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tracker.amendments import Amendments
 from tracker.domain.record import DatasetInput, DescribedDataset, ModelOutput
-from tracker.entrypoints.mlflow.rules import WRITE, endpoints
+from tracker.entrypoints.mlflow.rules import WRITE
 from tracker.entrypoints.mlflow.wire import KeyValue, OfRun, required, texts
 
 _NEEDED_OF_A_MODEL = ("artifact_path", "flavors", "utc_time_created", "run_id")

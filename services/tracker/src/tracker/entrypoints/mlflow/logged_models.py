@@ -9,6 +9,7 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +18,7 @@ from tracker.artifacts import MAX_LISTED, Artifacts
 from tracker.domain.artifact import Place
 from tracker.domain.logged_model import LoggedModelView, ModelStatus, OnDataset
 from tracker.entrypoints.mlflow.artifacts import FileResponse, file_json
-from tracker.entrypoints.mlflow.rules import READ, WRITE, endpoints
+from tracker.entrypoints.mlflow.rules import READ, WRITE
 from tracker.entrypoints.mlflow.wire import KeyValue, experiment_number, key_values, metric_json, required, texts
 from tracker.logged_models import LoggedModels, NewModel, Ordering
 

@@ -8,6 +8,7 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from tracker.amendments import Amendments
 from tracker.domain.record import ModelMetric
 from tracker.domain.run import MAX_PARAM, MAX_TAG, Metric
-from tracker.entrypoints.mlflow.rules import WRITE, endpoints
+from tracker.entrypoints.mlflow.rules import WRITE
 from tracker.entrypoints.mlflow.wire import KeyValue, OfRun, finite, required, texts
 from tracker.handlers import Tracker
 

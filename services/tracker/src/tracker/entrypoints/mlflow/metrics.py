@@ -9,11 +9,12 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tracker.entrypoints.mlflow.rules import READ, endpoints
+from tracker.entrypoints.mlflow.rules import READ
 from tracker.entrypoints.mlflow.wire import OfRun, metric_json, required
 from tracker.histories import MOST_POINTS, MOST_SAMPLED, Histories
 from tracker.histories import OfRun as Point

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from servicekit.access import EVERY_ROLE, Rule
-from servicekit.mlflow import endpoints
-
-__all__ = ["READ", "READ_ALL", "WRITE", "WRITE_ALL", "endpoints"]
 
 # What a run token may do is held to its own run by the use cases.
 READ = Rule({"gateway"}, EVERY_ROLE, runs=True)

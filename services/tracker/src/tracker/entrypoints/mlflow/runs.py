@@ -8,6 +8,7 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from tracker.amendments import Amendments
 from tracker.domain.run import MAX_TAG, Status
 from tracker.domain.tags import RUN_NAME
-from tracker.entrypoints.mlflow.rules import READ, WRITE, WRITE_ALL, endpoints
+from tracker.entrypoints.mlflow.rules import READ, WRITE, WRITE_ALL
 from tracker.entrypoints.mlflow.wire import KeyValue, OfRun, experiment_number, run_info, run_json, texts
 from tracker.handlers import NewRun, Tracker
 

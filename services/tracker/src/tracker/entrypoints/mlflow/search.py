@@ -9,12 +9,13 @@ import msgspec
 from servicekit import mlflow
 from servicekit.access import current_caller
 from servicekit.errors import Invalid
+from servicekit.mlflow import endpoints
 from servicekit.rest import Endpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tracker.entrypoints.mlflow.experiments import experiment_json
-from tracker.entrypoints.mlflow.rules import READ_ALL, endpoints
+from tracker.entrypoints.mlflow.rules import READ_ALL
 from tracker.entrypoints.mlflow.wire import experiment_number
 from tracker.searches import Asked, Searches
 
