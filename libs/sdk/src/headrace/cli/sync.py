@@ -11,6 +11,7 @@ from headrace.cli.output import JsonFlag, print_json, say, table
 from headrace.http import Client
 from headrace.sync.catalogue import Catalogue
 from headrace.sync.count import count
+from headrace.sync.exporter import Exporter
 from headrace.sync.importer import Importer
 from headrace.sync.opening import open_source
 from headrace.sync.report import Report
@@ -47,6 +48,19 @@ def import_(
     finally:
         opened.close()
     _tell(report.json(), json, "would be taken" if dry_run else "taken")
+
+
+@sync.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The mlruns folder to write.")],
+    experiment: Annotated[str | None, typer.Option("--experiment", help="Only the experiment of this name.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Write everything as MLflow's file store has it, artifacts too. Repeat it at any time: what is there already is not fetched again."""
+    report = Report(say)
+    with Client(timeout_s=300.0, patience_s=60.0) as client:
+        Exporter(client, folder, report).write(experiment)
+    _tell(report.json(), json, "written")
 
 
 def _tell(told: dict[str, Any], json: bool, taken: str) -> None:
