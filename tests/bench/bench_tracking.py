@@ -152,7 +152,7 @@ def _client_logs(target: Target) -> float:
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"http://{target[0]}", "MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "*"}
     if token := target[1].get("authorization", "").removeprefix("Bearer "):
         environment["MLFLOW_TRACKING_TOKEN"] = token
-    script = Path(__file__).with_name("mlflow_client_logs.py")
+    script = Path(clients.HERE) / "logs.py"
     command = [str(clients.python("current")), str(script), str(LOGS // 2)]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout)

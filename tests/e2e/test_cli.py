@@ -275,6 +275,8 @@ REVERTED: list[Row | Act] = [
     Act("the second rollout completes", walks_to_the_end),
     Row("rollout revert {name} --reason a-hunch", json=lambda told: told["rollout"]["state"] in ("reverting", "reverted")),
     becomes("reverted"),
+    Row("sync export {folder}/mlruns --experiment {name}", json=lambda told: told["taken"]["runs"]),
+    Row("sync import {folder}/mlruns --dry-run", json=lambda told: told["taken"]["runs"]),
     Row("audit --target model/{name}/2", "why-not", lambda told: told["entries"]),
 ]
 LETTERS: list[Row | Act] = [

@@ -42,7 +42,8 @@ open("written-beside-the-code", "w").write("yes")
     assert told["argv"] == ["--lr", "0.1"]
     assert told["files"] == ["requirements.lock", "sub", "train.py"]
     environment = told["env"]
-    assert environment.pop("HEADRACE_TOKEN").startswith("hrr_")
+    token = environment.pop("HEADRACE_TOKEN")
+    assert token.startswith("hrr_")
     venv = environment.pop("VIRTUAL_ENV")
     assert environment.pop("PATH").startswith(f"{venv}/bin:")
     environment.pop("LC_CTYPE", None)
@@ -65,6 +66,9 @@ open("written-beside-the-code", "w").write("yes")
         "HEADRACE_SEED": "7",
         "HEADRACE_URL": "http://127.0.0.1:1",
         "HEADRACE_RUN_ID": ended.run_id,
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:1",
+        "MLFLOW_TRACKING_TOKEN": token,
+        "MLFLOW_RUN_ID": ended.run_id,
     }
 
     run = await shared.run(ended.run_id)
