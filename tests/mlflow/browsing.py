@@ -13,7 +13,7 @@ from playwright.sync_api import Page, Response, expect, sync_playwright
 
 chromium, url, key, viewer, name, experiment, first, second = sys.argv[1:]
 HOME = f"{url}/mlflow/"
-# What is not served, and the page does without: without the last, a version's schema stays empty there.
+# What is not served, and the page does without.
 OPTIONAL = re.compile(
     r"/ajax-api/2\.0/mlflow/(users/current|experiments/search-datasets)$|/ajax-api/3\.0/mlflow/assistant/(config|providers)$"
 )

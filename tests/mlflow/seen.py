@@ -26,6 +26,8 @@ for number in range(2):
         made = mlflow.initialize_logged_model(name=f"{name}-model-{number}")
         mlflow.finalize_logged_model(made.model_id, "READY")
         runs.append(run.info.run_id)
+schema = '[{"name": "hour_of_day", "type": "long", "required": true}]'
+client.log_text(runs[0], f"flavors: {{python_function: {{}}}}\nsignature:\n  inputs: '{schema}'\n", "notes/MLmodel")
 client.create_registered_model(name)
 client.create_model_version(name, f"runs:/{runs[0]}/notes", runs[0])
 print(json.dumps({"experiment": experiment, "runs": runs}))
