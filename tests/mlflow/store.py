@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
 
@@ -58,7 +59,7 @@ def make(client: MlflowClient, name: str) -> None:
     client.delete_experiment(gone)
 
 
-def tell(client: MlflowClient, name: str) -> dict:
+def tell(client: MlflowClient, name: str) -> dict[str, Any]:
     told = {}
     for wanted in (name, f"{name}-gone"):
         experiment = client.get_experiment_by_name(wanted)
@@ -78,7 +79,7 @@ def tell(client: MlflowClient, name: str) -> dict:
     return told
 
 
-def of_run(client: MlflowClient, run) -> dict:
+def of_run(client: MlflowClient, run: Any) -> dict[str, Any]:
     info, data = run.info, run.data
     history = {
         key: sorted(repr((m.step, m.timestamp, m.value)) for m in client.get_metric_history(info.run_id, key)) for key in data.metrics
@@ -110,7 +111,7 @@ def of_run(client: MlflowClient, run) -> dict:
     }
 
 
-def of_model(client: MlflowClient, model) -> dict:
+def of_model(client: MlflowClient, model: Any) -> dict[str, Any]:
     metrics = sorted([m.key, m.value, m.step, m.timestamp, m.dataset_name, m.dataset_digest] for m in model.metrics or [])
     tags = {key: value for key, value in model.tags.items() if not key.startswith(OURS)}
     where = model.artifact_location
@@ -120,7 +121,7 @@ def of_model(client: MlflowClient, model) -> dict:
     return {"tags": tags, "params": model.params, "type": model.model_type, "status": str(model.status), "metrics": metrics, "files": files}
 
 
-def files_of(listed, where: str) -> dict:
+def files_of(listed: Any, where: str) -> dict[str, Any]:
     found, folders = {}, [None]
     while folders:
         for one in listed(folders.pop()):
